@@ -1,0 +1,1 @@
+"""Shared fixtures. One torch thread: several jobs may run beside the tests."""
