@@ -281,14 +281,19 @@ class Moments:
         return self.second - mean[..., :, None] * mean[..., None, :]
 
 
+LOW, HIGH, PER_OCTAVE = -24, 16, 16  # of Histogram: powers of two it spans, and bins per octave
+BINS = (HIGH - LOW) * PER_OCTAVE
+
+
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """Mergeable histogram of |x| on fixed logarithmic bins, so that no range has to be known in advance.
 
-    Bin edges are ``2 ** (LOW + k / PER_OCTAVE)``; the first bin also holds everything smaller, the last everything larger.
+    Bin k covers ``2 ** (LOW + k / PER_OCTAVE)`` to ``2 ** (LOW + (k + 1) / PER_OCTAVE)``; the first bin also holds everything
+    smaller (zero too), the last everything larger.
     """
 
-    counts: Array  # (bins,) int64
+    counts: Array  # (BINS,) int64
     amax: float
     negative: float = 0.0  # most negative value seen
 
@@ -345,8 +350,9 @@ class QParams:
 class Quantization:
     """Integer grids of a model: per linear weight, and per activation site (the input of those linears).
 
-    Sites are the tap names of `compressor.vit` ("patch", "blocks.0.qkv", "blocks.0.proj", ...). A linear is executed in
-    integers when its weight and its input site are both listed.
+    Weights are named as in `VitSpec.shapes` ("patch.weight", "blocks.0.q.weight", ...), sites as the taps of `compressor.vit`
+    ("patch", "blocks.0.qkv", "blocks.0.proj", ...). A linear is executed in integers when its weight and its input site are
+    both listed. Integers are ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32.
     """
 
     weights: Mapping[str, QParams]
