@@ -1,0 +1,281 @@
+"""The bundle: a directory (or one .zip) that a device runs with numpy, pillow and one runtime.
+
+    manifest.json   schema, spec, preprocess, labels, recipe, versions, seed, calibration, checkpoint, targets, files{path: {sha256, size}}
+    model.safetensors + config.json   the compressed float model, input of another compress, gate or target
+    golden.npz      preprocessed inputs, reference logits, each target's outputs
+    targets/<name>/ artifacts               report.json  report.html
+
+Opening trusts nothing: the manifest is validated against its schema, every path must stay inside, every listed file must
+have its size and sha256, no pickle is read, no code is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import targets
+from calibration.preprocess import apply
+from compressor.errors import BundleError, ConfigError, unknown_name
+from compressor.types import Array, Artifact, Preprocess, Session, TensorSpec
+from compressor.verify import tolerance
+
+__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "seal", "sha256_file"]
+
+MAX_FILE_BYTES = 8 << 30  # larger than any ViT; bounds what a hostile manifest or archive can make us read
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """Digest and size of one file of the bundle."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0, le=MAX_FILE_BYTES)
+
+
+class TensorEntry(_Strict):
+    """An artifact's input or output."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class TargetEntry(_Strict):
+    """One target's artifact: its main file, precision, and what `open` needs beside it."""
+
+    path: str
+    precision: Literal["fp32", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
+    settings: dict[str, str] = {}
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+
+
+class Manifest(_Strict):
+    """manifest.json, version 1."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    spec: dict[str, Any]
+    preprocess: dict[str, Any]
+    labels: list[str]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    seed: int
+    calibration: dict[str, Any]
+    checkpoint: dict[str, Any]
+    targets: dict[str, TargetEntry]
+    files: dict[str, FileEntry]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def artifact_entry(artifact: Artifact, root: Path) -> TargetEntry:
+    """The manifest's record of `artifact`, whose files lie under the bundle folder `root`."""
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[TensorEntry]:
+        return [TensorEntry(name=t.name, dtype=t.dtype, shape=list(t.shape)) for t in specs]
+
+    return TargetEntry(
+        path=artifact.path.relative_to(root).as_posix(),
+        precision=artifact.precision,
+        settings=dict(artifact.settings),
+        inputs=tensors(artifact.inputs),
+        outputs=tensors(artifact.outputs),
+    )
+
+
+def seal(root: Path, content: Mapping[str, Any]) -> Manifest:
+    """Write ``manifest.json`` over everything that lies in `root`: the last step of making a bundle.
+
+    Args:
+        root: the folder, complete but for the manifest.
+        content: every manifest field except ``schema`` and ``files``.
+    """
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
+    listing = {p.relative_to(root).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+    manifest = Manifest.model_validate({"schema": 1, **content, "files": listing})
+    text = json.dumps(manifest.model_dump(by_alias=True), indent=1, sort_keys=True)
+    (root / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / "manifest.json"
+    if not path.is_file():
+        raise BundleError(f"{root}: a bundle must hold manifest.json, found none.", hint="Make one with `vitrim compress`.")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BundleError(f"{path}: {where} is not valid: {first['msg']}.", hint="Make the bundle again.") from None
+
+
+def _inside(root: Path, name: str) -> Path:
+    """`root / name`, refused when it could lie outside."""
+    pure = PurePosixPath(name)
+    path = root / name
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{root}: file paths must stay inside the bundle, got {name!r}.", hint="Do not use this bundle.")
+    return path
+
+
+def _unzip(archive: Path, folder: Path) -> Path:
+    """Extract a zipped bundle into `folder`, member by member, nothing outside and nothing unlisted in size."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            total = sum(info.file_size for info in z.infolist())
+            if total > MAX_FILE_BYTES:
+                raise BundleError(f"{archive}: must unpack to at most {MAX_FILE_BYTES} bytes, got {total}.", hint="Do not use this bundle.")
+            for info in z.infolist():
+                target = _inside(folder, info.filename.rstrip("/"))
+                if info.is_dir():
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with z.open(info) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise BundleError(f"{archive}: must be a readable zip file, got {error}.", hint="Copy it again.") from None
+    return folder
+
+
+class Bundle:
+    """An opened bundle. Use `Bundle.open`; then `predict`, `session` or `check`."""
+
+    def __init__(self, root: Path, manifest: Manifest, keep: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.root, self.manifest, self._keep = root, manifest, keep
+        self._sessions: dict[tuple[str, int], Session] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """The bundle at `path`, a folder or a .zip, with every file's size and digest checked.
+
+        Raises:
+            BundleError: missing, damaged, tampered with, or reaching outside itself.
+        """
+        source, keep = Path(path), None
+        if source.is_file():
+            keep = tempfile.TemporaryDirectory(prefix="vitrim-")
+            source = _unzip(source, Path(keep.name))
+        if not source.is_dir():
+            raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
+        manifest = _read_manifest(source)
+        for name, entry in manifest.files.items():
+            file = _inside(source, name)
+            if not file.is_file():
+                raise BundleError(f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again.")
+            if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
+                raise BundleError(f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.", hint="Copy the bundle again.")
+        for target in manifest.targets.values():
+            if target.path not in manifest.files:
+                raise BundleError(f"{path}: target file {target.path!r} must be listed in files.", hint="Make the bundle again.")
+        return cls(source, manifest, keep)
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """The image contract the model was calibrated and evaluated with."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.preprocess.items()}
+        try:
+            return Preprocess(**fields)
+        except (TypeError, ConfigError) as error:
+            raise BundleError(f"{self.root}: manifest preprocess is not valid: {error}.", hint="Make the bundle again.") from None
+
+    @cached_property
+    def golden(self) -> dict[str, Array]:
+        """``inputs`` (8, C, h, w), ``reference`` (8, classes), and ``outputs.<target>`` (8, classes)."""
+        try:
+            with np.load(_inside(self.root, "golden.npz"), allow_pickle=False) as data:
+                return {name: data[name] for name in data.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise BundleError(f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again.") from None
+
+    @property
+    def default_target(self) -> str:
+        """The first target of the bundle whose runtime is installed here, else its first target."""
+        names = list(self.manifest.targets)
+        return next((n for n in names if n in targets.names() and targets.get(n).available().available), names[0])
+
+    def artifact(self, target: str) -> Artifact:
+        """The artifact of `target`, with absolute paths."""
+        if target not in self.manifest.targets:
+            raise unknown_name(f"{self.root}: target", target, self.manifest.targets)
+        entry = self.manifest.targets[target]
+        main = _inside(self.root, entry.path)
+        files = tuple(self.root / f for f in self.manifest.files if f.startswith(f"targets/{target}/"))
+
+        def specs(tensors: list[TensorEntry]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(t.name, t.dtype, tuple(t.shape)) for t in tensors)
+
+        digest = self.manifest.files[entry.path]
+        size = sum(f.stat().st_size for f in files)
+        return Artifact(target, main, digest.sha256, size, entry.precision, specs(entry.inputs), specs(entry.outputs), entry.settings, files)
+
+    def session(self, target: str | None = None, threads: int = 1) -> Session:
+        """An open session of `target` (default: `default_target`); opened once per target and thread count."""
+        name = target or self.default_target
+        key = (name, threads)
+        if key not in self._sessions:
+            artifact = self.artifact(name)  # names a wrong target before the runtime is looked for
+            self._sessions[key] = targets.get(name).open(artifact, threads=threads)
+        return self._sessions[key]
+
+    def logits(self, pixels: Array, target: str | None = None) -> Array:
+        """(B, C, h, w) preprocessed float32 -> (B, classes)."""
+        artifact = self.artifact(target or self.default_target)
+        outputs = self.session(target).run({artifact.inputs[0].name: np.ascontiguousarray(pixels, np.float32)})
+        return outputs[artifact.outputs[0].name]
+
+    def predict(self, image: str | Path | Image.Image | Array, target: str | None = None) -> Array:
+        """Class probabilities (classes,) of one image: a path, a PIL image, uint8 (H, W, C), or preprocessed float (C, h, w)."""
+        if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+            pixels = image
+        elif isinstance(image, str | Path):
+            from calibration.data import read_image
+
+            pixels = apply(self.preprocess, read_image(Path(image)))
+        else:
+            pixels = apply(self.preprocess, image)
+        logits = self.logits(pixels[None], target)[0].astype(np.float64)
+        shifted = np.exp(logits - logits.max())
+        return shifted / shifted.sum()
+
+    def top(self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None) -> list[tuple[str, float]]:
+        """The `k` most likely (label, probability) pairs."""
+        p = self.predict(image, target)
+        names = self.manifest.labels or [str(i) for i in range(len(p))]
+        return [(names[i], float(p[i])) for i in np.argsort(-p)[:k]]
+
+    def check(self, target: str) -> dict[str, Any]:
+        """Golden inputs through `target` against the outputs recorded when the bundle was made.
+
+        Returns:
+            target, max_abs (the largest difference), tolerance, passed.
+        """
+        expected = self.golden.get(f"outputs.{target}")
+        if expected is None:
+            raise BundleError(f"{self.root}: golden.npz must hold outputs of target {target!r}.", hint="Make the bundle again.")
+        # One image at a time: a static-batch artifact takes no other, and a dynamic one is tested as it is used.
+        got = np.concatenate([self.logits(x[None], target) for x in self.golden["inputs"]])
+        worst = float(np.abs(got - expected).max()) if np.isfinite(got).all() else float("inf")
+        limit = tolerance(expected, self.manifest.targets[target].precision)
+        return {"target": target, "max_abs": worst, "tolerance": limit, "passed": worst <= limit}
+
+

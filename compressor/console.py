@@ -1,0 +1,158 @@
+"""The command line's manners: one JSON object on stdout or a page for people, progress on stderr, errors as one sentence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from compressor.errors import VitrimError
+
+__all__ = ["Console", "Result", "command", "main"]
+
+INTERRUPTED = 3  # neither passed nor failed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command answers: `data` for ``--json``, `lines` for people, and the exit code."""
+
+    data: dict[str, Any]
+    lines: list[Any] = field(default_factory=list)  # str or rich renderables
+    exit_code: int = 0
+
+
+class Console:
+    """Progress and notes on stderr; silent with ``--quiet``."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def note(self, text: str) -> None:
+        """One line on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A step of `stage`; bars are drawn only on a terminal, otherwise each finished stage is one line."""
+        if self.quiet:
+            return
+        if self._bars is None:
+            if done >= total:
+                self.note(f"  {stage}")
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Progress bars while inside."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console as Rich
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        with Progress(*columns, console=Rich(stderr=True)) as bars:
+            self._bars = bars
+            try:
+                yield
+            finally:
+                self._bars = None
+
+
+COMMON = {
+    "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")],
+    "verbose": Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and runtime warnings.")],
+    "quiet": Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no notes.")],
+}
+
+
+def command(app: typer.Typer, name: str, epilog: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Register a function ``(console, **options) -> Result`` as command `name`, with --json, -v and -q added.
+
+    Args:
+        app: where it is registered.
+        name: as typed.
+        epilog: examples shown below the help.
+    """
+
+    def register(fn: Callable[..., Result]) -> Callable[..., None]:
+        @functools.wraps(fn)
+        def run(*, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> None:
+            del verbose  # read by `main` where errors end up
+            console = Console(quiet=quiet)
+            with console.live():
+                result = fn(console, **options)
+            if as_json:
+                print(json.dumps(result.data, allow_nan=False))
+            else:
+                _print(result.lines)
+            raise typer.Exit(result.exit_code)
+
+        own = [p for p in inspect.signature(fn, eval_str=True).parameters.values() if p.name != "console"]
+        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in COMMON.items()]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        del run.__wrapped__  # type: ignore[attr-defined]
+        app.command(name, epilog=epilog)(run)
+        return run
+
+    return register
+
+
+def _print(lines: list[Any]) -> None:
+    from rich.console import Console as Rich
+
+    rich = Rich(highlight=False, soft_wrap=True)
+    for line in lines:
+        rich.print(line, markup=False) if isinstance(line, str) else rich.print(line)
+
+
+def _report(code: str, message: str, hint: str) -> None:
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
+    print(f"vitrim: {message}" + (f"\n        {hint}" if hint else ""), file=sys.stderr)
+
+
+def main(app: typer.Typer) -> int:
+    """Run `app` on ``sys.argv``; every failure becomes one sentence and an exit code, a traceback only with -v."""
+    import click
+
+    verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "vitrim"
+        _report("UsageError", error.format_message(), f"See `{usage} --help`.")
+        return 2
+    except VitrimError as error:
+        failure, code = (error.code, str(error), error.hint), error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        failure, code = ("Interrupted", "Interrupted; nothing was written.", "Run it again: finished stages are reused."), INTERRUPTED
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        failure, code = ("FileError", f"{what}.", "Check the path, its permissions and the free space."), 2
+    except MemoryError:
+        failure, code = ("OutOfMemory", "There is not enough memory for this model.", "Use a smaller --calib-size."), 2
+    except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, still one sentence
+        failure, code = ("InternalError", f"{type(error).__name__}: {error}", "This is a bug in vitrim; run with -v and report it."), 2
+    if verbose:
+        traceback.print_exc()
+    _report(*failure)
+    return code

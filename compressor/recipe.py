@@ -1,0 +1,96 @@
+"""What to do, as data: one frozen record, from YAML at the edge. Unknown key = error; command-line flags override it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from compressor.errors import ConfigError, unknown_name
+from compressor.types import Precision
+
+__all__ = ["Recipe", "from_yaml", "override", "to_dict"]
+
+PRECISIONS = (*get_args(Precision), "auto")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of one `vitrim compress` run; the YAML keys are these names.
+
+    Ratios are the fraction removed, in [0, 1). `precision` ``auto`` lets each target's measured latency decide.
+    """
+
+    model: str = "demo"
+    data: str = "demo"
+    targets: tuple[str, ...] = ("ort",)
+    eval: str | None = None
+    arch: str | None = None
+    image_size: int | None = None
+    pruner: Literal["corp", "obs"] = "obs"
+    mlp_ratio: float = 0.0
+    qk_ratio: float = 0.0
+    vo_ratio: float = 0.0
+    precision: str = "auto"
+    quantizer: Literal["vitrim", "nncf"] = "vitrim"
+    calib_size: int = 512
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("mlp_ratio", "qk_ratio", "vo_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half.")
+        for name, low in (("calib_size", 1), ("threads", 1), ("seed", 0), ("image_size", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        for name, known in (("pruner", ("corp", "obs")), ("precision", PRECISIONS), ("quantizer", ("vitrim", "nncf"))):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is removed at all."""
+        return max(self.mlp_ratio, self.qk_ratio, self.vo_ratio) > 0
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, as YAML or JSON would hold them."""
+    return {**asdict(recipe), "targets": list(recipe.targets)}
+
+
+def override(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
+    """`recipe` with every flag that was given (is not None) put over it."""
+    given = {k: v for k, v in flags.items() if v is not None}
+    return replace(recipe, **given)
+
+
+def from_yaml(path: Path) -> Recipe:
+    """The recipe in a YAML file: a mapping of `Recipe` fields plus an optional ``schema: 1``.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, an unknown key (the nearest known one is named), or a value out of range.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: recipe must be a readable YAML file, got {str(error).splitlines()[0]}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: recipe must be a mapping of options, got {type(content).__name__}.", hint="For example: `mlp_ratio: 0.5`.")
+    if content.pop("schema", 1) != 1:
+        raise ConfigError(f"{path}: schema must be 1.", hint="This vitrim reads recipes of schema 1.")
+    known = [f.name for f in fields(Recipe)]
+    for name in content:
+        if name not in known:
+            raise unknown_name(f"{path}: recipe key", str(name), known)
+    if isinstance(content.get("targets"), str):
+        content["targets"] = [content["targets"]]
+    content["targets"] = tuple(content.get("targets", ("ort",)))
+    return Recipe(**content)
