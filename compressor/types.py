@@ -477,16 +477,23 @@ class Profile:
     peak_rss_bytes: int
     device: Mapping[str, Any]
     ops: tuple[OpRecord, ...] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # what the machine did meanwhile: compressor.device.conditions
+    yardstick_ns: tuple[int, ...] = ()  # a fixed piece of work, to tell later whether the machine has drifted
 
     def latency_ms(self) -> dict[str, float]:
-        """min, p50, p90, p99 and mean in milliseconds.
+        """min, p50, p90, p99 and mean in milliseconds."""
+        return latency_ms(self.samples_ns)
 
-        >>> Profile("null", (1_000_000, 3_000_000), 0, 1, 1, 0.0, 0.0, 0, {}).latency_ms()["p50"]
-        2.0
-        """
-        ms = np.asarray(self.samples_ns, dtype=np.float64) / 1e6
-        p50, p90, p99 = (float(np.percentile(ms, p)) for p in (50, 90, 99))
-        return {"min": float(ms.min()), "p50": p50, "p90": p90, "p99": p99, "mean": float(ms.mean())}
+
+def latency_ms(samples_ns: tuple[int, ...]) -> dict[str, float]:
+    """min, p50, p90, p99 and mean of nanosecond samples, in milliseconds.
+
+    >>> latency_ms((1_000_000, 3_000_000))["p50"]
+    2.0
+    """
+    ms = np.asarray(samples_ns, dtype=np.float64) / 1e6
+    p50, p90, p99 = (float(np.percentile(ms, p)) for p in (50, 90, 99))
+    return {"min": float(ms.min()), "p50": p50, "p90": p90, "p99": p99, "mean": float(ms.mean())}
 
 
 @dataclass(frozen=True)
