@@ -1,0 +1,1 @@
+"""Post-training quantization: grids, scale search, plan, simulation, compensation."""

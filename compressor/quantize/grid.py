@@ -1,0 +1,80 @@
+"""Integer grids: pure functions from numbers to integers and back, as ONNX QuantizeLinear and DequantizeLinear do it.
+
+All arithmetic is float32 with a true division and round-half-even, which is what the runtimes compute; multiplying by a
+reciprocal, as several libraries do, moves values that lie on a rounding boundary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.errors import ConfigError
+from compressor.types import Array, QParams
+
+__all__ = ["affine", "dequantize", "fake_quant", "fake_quant_torch", "per_channel", "quantize", "symmetric"]
+
+SMALLEST_SCALE = 2.0**-100  # float32-normal with room for scale products; a tensor of zeros gets scale 1 instead
+
+
+def symmetric(amax: Array | float, bits: int, axis: int | None = None) -> QParams:
+    """The symmetric grid whose largest integer represents `amax`; zeros get scale 1.
+
+    >>> symmetric(12.7, 8).scale
+    array(0.1, dtype=float32)
+    """
+    amax = np.asarray(amax, dtype=np.float64)
+    if not (np.isfinite(amax).all() and (amax >= 0).all()):
+        raise ConfigError(f"quantize: amax must be finite and not negative, got {amax}.")
+    scale = np.where(amax > 0, np.maximum(amax / (2 ** (bits - 1) - 1), SMALLEST_SCALE), 1.0)
+    return QParams(scale.astype(np.float32), 0, bits, axis)
+
+
+def affine(low: float, high: float, bits: int) -> QParams:
+    """The grid whose integers span `low` .. `high`, both widened to include zero, which is represented exactly.
+
+    >>> affine(-0.17, 2.38, 8).zero_point
+    -111
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if not high > low:
+        return symmetric(0.0, bits)
+    scale = np.float32(max((high - low) / (2**bits - 1), SMALLEST_SCALE))
+    zero_point = -(2 ** (bits - 1)) - round(low / float(scale))
+    return QParams(np.asarray(scale), zero_point, bits)
+
+
+def per_channel(q: QParams, ndim: int) -> Array:
+    """The scale, shaped to broadcast against a tensor of `ndim` axes.
+
+    >>> per_channel(symmetric(np.ones(5), 8, axis=0), 4).shape
+    (5, 1, 1, 1)
+    """
+    if q.axis is None:
+        return q.scale
+    return q.scale.reshape([-1 if i == q.axis else 1 for i in range(ndim)])
+
+
+def quantize(x: Array, q: QParams) -> Array:
+    """Integers of `x` on the grid, same shape, int32."""
+    x = np.asarray(x, dtype=np.float32)
+    integers = np.rint(x / per_channel(q, x.ndim)) + np.float32(q.zero_point)
+    return np.clip(integers, q.qmin, q.qmax).astype(np.int32)
+
+
+def dequantize(integers: Array, q: QParams) -> Array:
+    """float32 values of the integers, same shape."""
+    return (integers - q.zero_point).astype(np.float32) * per_channel(q, integers.ndim)
+
+
+def fake_quant(x: Array, q: QParams) -> Array:
+    """The nearest values of the grid to `x`, same shape, float32."""
+    return dequantize(quantize(x, q), q)
+
+
+def fake_quant_torch(x: Tensor, q: QParams) -> Tensor:
+    """The same as `fake_quant` on a float32 tensor, bit for bit."""
+    scale = torch.from_numpy(np.asarray(per_channel(q, x.ndim), dtype=np.float32)).to(x.device)
+    centred = torch.clamp(torch.round(x / scale), q.qmin - q.zero_point, q.qmax - q.zero_point)
+    return centred * scale

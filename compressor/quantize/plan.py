@@ -1,0 +1,122 @@
+"""The plan: which linears run in integers, at how many bits, and with which scales.
+
+Linear layers only. LayerNorm, softmax, GELU, residual additions and attention products stay in float: they are a few
+per cent of the work and most of the damage.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+import numpy as np
+
+from compressor.errors import ConfigError, DataError
+from compressor.quantize.grid import symmetric
+from compressor.quantize.search import Search, golden, histogram_error, row_error
+from compressor.types import (
+    PRECISION_BITS,
+    Array,
+    Histogram,
+    Model,
+    Precision,
+    QParams,
+    Quantization,
+    Statistics,
+    VitSpec,
+)
+
+__all__ = ["QuantizeConfig", "activation_grid", "linears", "quantize", "weight_grid"]
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How a model is quantized.
+
+    Args:
+        precision: bits of weights and activations.
+        skip: patterns of weight names left in float, e.g. ``"head.weight"`` or ``"blocks.0.*"``.
+        search: scale search; `golden`, or another of `compressor.quantize.search`.
+    """
+
+    precision: Precision = "w8a8"
+    skip: tuple[str, ...] = ()
+    search: Search = golden
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISION_BITS:
+            raise ConfigError(
+                f"quantize: precision must be one of {', '.join(PRECISION_BITS)}, got {self.precision!r}.",
+                hint="fp32 and bf16 are not quantized: skip this stage.",
+            )
+
+
+SITE = {"q": "qkv", "k": "qkv", "v": "qkv", "proj": "proj", "fc1": "fc1", "gate": "fc1", "fc2": "fc2"}
+
+
+def linears(spec: VitSpec) -> dict[str, str]:
+    """Weight name -> site of its input, for every linear layer, in execution order.
+
+    >>> from compressor.types import BlockSpec
+    >>> table = linears(VitSpec((8, 8), (4, 4), 3, 6, (BlockSpec(2, 3, 3, 12),), num_classes=5))
+    >>> table["patch.weight"], table["blocks.0.k.weight"], table["head.weight"]
+    ('patch', 'blocks.0.qkv', 'head')
+    """
+    table = {}
+    for name in spec.shapes():
+        stem, _, part = name.rpartition(".")
+        if part != "weight" or "norm" in stem:
+            continue
+        prefix, _, leaf = stem.rpartition(".")
+        table[name] = f"{prefix}.{SITE[leaf]}" if prefix else stem
+    return table
+
+
+def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantization:
+    """Symmetric grids for `model` from streamed statistics: per output channel for weights, per tensor else.
+
+    Args:
+        model: the float model, pruned or not.
+        stats: of this model's calibration pass; needs a histogram for each site.
+        config: bits, exceptions, search.
+
+    Raises:
+        DataError: a site has no histogram.
+    """
+    weight_bits, activation_bits = PRECISION_BITS[config.precision]
+    weights: dict[str, QParams] = {}
+    activations: dict[str, QParams] = {}
+    for name, site in linears(model.spec).items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in config.skip):
+            continue
+        if site not in stats.histograms:
+            raise DataError(f"quantize: the statistics must have a histogram of {site!r}, got none.")
+        if site not in activations:
+            activations[site] = activation_grid(stats.histograms[site], activation_bits, config.search)
+        weights[name] = weight_grid(model.weights[name], weight_bits, config.search, _energy(stats, site))
+    return Quantization(weights, activations, config.precision)
+
+
+def activation_grid(histogram: Histogram, bits: int, search: Search = golden) -> QParams:
+    """The symmetric per-tensor grid with the least expected squared error."""
+    steps = 2 ** (bits - 1) - 1
+    if not histogram.amax > 0:
+        return symmetric(0.0, bits)
+    found = search(histogram_error(histogram, steps), np.asarray([histogram.amax / steps]))
+    return symmetric(found.scale[0] * steps, bits)
+
+
+def weight_grid(weight: Array, bits: int, search: Search = golden, energy: Array | None = None) -> QParams:
+    """Symmetric grids, one per output channel of `weight` (O, ...), with the least error under input `energy` (I,)."""
+    rows, steps = weight.reshape(len(weight), -1), 2 ** (bits - 1) - 1
+    amax = np.abs(rows).max(axis=1).astype(np.float64)
+    found = search(row_error(rows, bits, energy), np.where(amax > 0, amax, 1.0) / steps)
+    return symmetric(np.where(amax > 0, found.scale * steps, 0.0), bits, axis=0)
+
+
+def _energy(stats: Statistics, site: str) -> Array | None:
+    """Mean square of each input channel, (I,), where the pass kept the moments of `site`."""
+    if site == "patch" or site not in stats.moments:
+        return None
+    second = np.asarray(stats.moments[site].second)
+    return np.diagonal(second, axis1=-2, axis2=-1).reshape(-1)
