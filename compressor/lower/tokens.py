@@ -1,0 +1,248 @@
+"""The token layout (B, T, C): the graph general-purpose runtimes execute fast.
+
+Exact simplifications, each an identity of the network and none visible in the outputs:
+
+1. Prefix tokens and positions are one constant table: ``Pad(patches) + [prefix; pos]``, for any batch size.
+2. The bias of k adds the same number to every logit of a softmax row: dropped (unless k is normalized first).
+3. Softmax rows sum to one, so the bias of v passes through attention: in float it moves into proj's bias.
+   (Quantized, it stays: proj's input grid was calibrated with it.)
+4. A head that reads tokens 0..p-1 only needs those rows of the last block's queries, projection and MLP.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.lower.graph import CONTRIB, GraphBuilder
+from compressor.lower.qdq import Linears
+from compressor.types import BlockSpec, Capabilities, Model, Quantization
+
+__all__ = ["lower_tokens"]
+
+POOLED_ROWS = {"token": 1, "token_dist": 2}  # pools that read only the first tokens
+
+
+def lower_tokens(model: Model, capabilities: Capabilities, quantization: Quantization | None) -> ir.Model:
+    """The ONNX graph of `model` on tokens: ``pixels`` (batch, in, h, w) -> ``logits`` (batch, classes), float32."""
+    emitter = _Tokens(model, capabilities, quantization)
+    spec, g = model.spec, emitter.graph
+    pixels = g.input("pixels", (spec.in_chans, *spec.image_size))
+    x = emitter.embed(pixels)
+    rows = POOLED_ROWS.get(spec.pool, spec.tokens)
+    for i, block in enumerate(spec.blocks):
+        last = i == len(spec.blocks) - 1
+        x = emitter.block(f"blocks.{i}", block, x, rows if last else spec.tokens)
+    logits = emitter.classify(x, rows)
+    return g.finish("vitrim", logits, (spec.num_classes or spec.pooled_dim,))
+
+
+class _Tokens:
+    """The emitter's state: the graph so far, the model, and how its target wants each operator."""
+
+    def __init__(self, model: Model, capabilities: Capabilities, quantization: Quantization | None) -> None:
+        self.spec = model.spec
+        self.weights = model.weights
+        self.form = capabilities
+        self.graph = GraphBuilder(capabilities.opset, "batch" if capabilities.batch == "dynamic" else 1)
+        self.linears = Linears(self.graph, model.weights, capabilities, quantization)
+
+    # ------------------------------------------------------------------ embedding
+
+    def embed(self, pixels: ir.Value) -> ir.Value:
+        """(B, in, h, w) -> (B, T, C)."""
+        g, spec = self.graph, self.spec
+        x = self.linears.input("patch", pixels, "patch")
+        patches = self._patch_matmul(x) if self.form.patch == "unshuffle" else self._patch_conv(x)
+        if spec.prefix_tokens:
+            pads = g.ints("tokens.pads", [0, spec.prefix_tokens, 0, 0, 0, 0])
+            patches = g.op("tokens.pad", "Pad", patches, pads)
+        table = np.concatenate([self.weights["prefix"], self.weights["pos"] + self.weights["patch.bias"]])
+        return g.op("tokens.add", "Add", patches, g.constant("tokens.table", table[None]))
+
+    def _patch_conv(self, x: ir.Value) -> ir.Value:
+        g, (rows, cols), c = self.graph, self.spec.grid, self.spec.embed_dim
+        x = self.linears.conv("patch", "patch", x)  # (B, C, rows, cols)
+        return g.op("patch.transpose", "Transpose", g.reshape("patch.flat", x, (c, rows * cols)), perm=(0, 2, 1))
+
+    def _patch_matmul(self, x: ir.Value) -> ir.Value:
+        g, spec, (rows, cols), (p, q) = self.graph, self.spec, self.spec.grid, self.spec.patch_size
+        for axis, used in ((2, rows * p), (3, cols * q)):  # pixels beyond the last whole patch are not read
+            if used != spec.image_size[axis - 2]:
+                x = g.slice(f"patch.crop{axis}", x, axis, 0, used)
+        x = g.reshape("patch.split", x, (spec.in_chans, rows, p, cols, q))
+        x = g.op("patch.unshuffle", "Transpose", x, perm=(0, 2, 4, 1, 3, 5))
+        x = g.reshape("patch.flat", x, (rows * cols, spec.in_chans * p * q))
+        return self.linears.matmul("patch", "patch", x, ("patch",), None)
+
+    # ------------------------------------------------------------------ blocks
+
+    def block(self, name: str, block: BlockSpec, x: ir.Value, rows: int) -> ir.Value:
+        """(B, T, C) -> (B, rows, C): the first `rows` tokens leaving the block."""
+        g = self.graph
+        y = self._norm(f"{name}.norm1", x)
+        if rows < self.spec.tokens:
+            x = g.slice(f"{name}.rows", x, 1, 0, rows)
+        x = g.op(f"{name}.attn", "Add", x, self._attention(name, block, y, rows))
+        y = self._norm(f"{name}.norm2", x)
+        return g.op(f"{name}.mlp", "Add", x, self._mlp(name, block, y))
+
+    def _attention(self, name: str, block: BlockSpec, y: ir.Value, rows: int) -> ir.Value:
+        fold = not self.linears.quantized(f"{name}.proj", f"{name}.proj")
+        q, k, v = self._qkv(name, block, y, rows, fold)
+        core = self._fused_attention if self.form.attention == "fused" else self._matmul_attention
+        o = core(name, block, q, k, v, rows)
+        bias = self.weights[f"{name}.proj.bias"]
+        if fold:
+            bias = bias + self.weights[f"{name}.proj.weight"] @ self.weights[f"{name}.v.bias"]
+        o = self.linears.input(f"{name}.proj", o, f"{name}.proj")
+        return self.linears.matmul(f"{name}.proj", f"{name}.proj", o, (f"{name}.proj",), bias)
+
+    def _qkv(self, name: str, block: BlockSpec, y: ir.Value, rows: int, fold: bool) -> tuple[ir.Value, ...]:
+        """q (B, rows, H * D), k (B, T, H * D), v (B, T, H * Dv); `fold`: the bias of v is added later, with proj's."""
+        g, site = self.graph, f"{name}.qkv"
+        parts = tuple(f"{name}.{part}" for part in "qkv")
+        bias = {part: self.weights[f"{part}.bias"] for part in parts}
+        if not block.qk_norm:
+            bias[parts[1]] = np.zeros_like(bias[parts[1]])
+        if fold:
+            bias[parts[2]] = np.zeros_like(bias[parts[2]])
+        full = self.linears.input(site, y, *parts)
+        if self.form.qkv == "packed" and rows == self.spec.tokens:
+            x = self.linears.matmul(site, site, full, parts, np.concatenate([bias[part] for part in parts]))
+            sizes = [len(bias[part]) for part in parts]
+            return g.ops(f"{site}.split", "Split", parts, x, g.ints(f"{site}.sizes", sizes), axis=-1)
+        some = full
+        if rows < self.spec.tokens:
+            some = g.slice(f"{site}.rows", full, 1, 0, rows)
+        reads = (some, full, full)
+        return tuple(
+            self.linears.matmul(part, site, x, (part,), bias[part]) for part, x in zip(parts, reads, strict=True)
+        )
+
+    def _matmul_attention(
+        self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
+    ) -> ir.Value:
+        g, t, h = self.graph, self.spec.tokens, block.heads
+        q = g.reshape(f"{name}.q.heads", q, (rows, h, block.qk_dim))
+        k = g.reshape(f"{name}.k.heads", k, (t, h, block.qk_dim))
+        v = g.reshape(f"{name}.v.heads", v, (t, h, block.v_dim))
+        if block.qk_norm:
+            q, k = self._norm(f"{name}.q_norm", q), self._norm(f"{name}.k_norm", k)
+        q = g.op(f"{name}.q.transpose", "Transpose", q, perm=(0, 2, 1, 3))  # (B, H, rows, D)
+        k = g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 2, 3, 1))  # (B, H, D, T)
+        v = g.op(f"{name}.v.transpose", "Transpose", v, perm=(0, 2, 1, 3))  # (B, H, T, Dv)
+        scores = g.op(f"{name}.scores", "MatMul", q, k)
+        o = g.op(f"{name}.values", "MatMul", g.op(f"{name}.softmax", "Softmax", scores, axis=3), v)
+        o = g.op(f"{name}.heads.transpose", "Transpose", o, perm=(0, 2, 1, 3))
+        return g.reshape(f"{name}.heads", o, (rows, h * block.v_dim))
+
+    def _fused_attention(
+        self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
+    ) -> ir.Value:
+        g, t, h = self.graph, self.spec.tokens, block.heads
+        if block.qk_norm:
+            q, k = (
+                g.reshape(
+                    f"{name}.{p}.rows",
+                    self._norm(f"{name}.{p}_norm", g.reshape(f"{name}.{p}.heads", x, (n, h, block.qk_dim))),
+                    (n, h * block.qk_dim),
+                )
+                for p, x, n in (("q", q, rows), ("k", k, t))
+            )
+        return g.op(f"{name}.attention", "MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=h, scale=1.0)
+
+    def _mlp(self, name: str, block: BlockSpec, y: ir.Value) -> ir.Value:
+        g, site = self.graph, f"{name}.fc1"
+        gated = block.mlp == "swiglu"
+        parts = (f"{name}.fc1", f"{name}.gate") if gated else (f"{name}.fc1",)
+        y = self.linears.input(site, y, *parts)
+        hidden, *gate = (self.linears.matmul(part, site, y, (part,), self.weights[f"{part}.bias"]) for part in parts)
+        if gated:
+            hidden = g.op(f"{name}.gated", "Mul", self._sigmoid_unit(f"{name}.act", gate[0], 1.0), hidden)
+        else:
+            hidden = self._activation(f"{name}.act", block, hidden)
+        hidden = self.linears.input(f"{name}.fc2", hidden, f"{name}.fc2")
+        return self.linears.matmul(
+            f"{name}.fc2", f"{name}.fc2", hidden, (f"{name}.fc2",), self.weights[f"{name}.fc2.bias"]
+        )
+
+    # ------------------------------------------------------------------ operators
+
+    def _norm(self, name: str, x: ir.Value) -> ir.Value:
+        """LayerNorm over the last axis: one node where the opset has it."""
+        g, eps = self.graph, self.spec.norm_eps
+        scale, shift = (g.constant(f"{name}.{part}", self.weights[f"{name}.{part}"]) for part in ("weight", "bias"))
+        if g.opset >= 17:
+            return g.op(name, "LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+        centred = g.op(f"{name}.centre", "Sub", x, g.op(f"{name}.mean", "ReduceMean", x, axes=(-1,)))
+        variance = g.op(f"{name}.variance", "ReduceMean", g.op(f"{name}.square", "Mul", centred, centred), axes=(-1,))
+        deviation = g.op(f"{name}.sqrt", "Sqrt", g.op(f"{name}.eps", "Add", variance, g.floats("norm_eps", eps)))
+        return g.op(
+            name, "Add", g.op(f"{name}.scale", "Mul", g.op(f"{name}.div", "Div", centred, deviation), scale), shift
+        )
+
+    def _activation(self, name: str, block: BlockSpec, x: ir.Value) -> ir.Value:
+        if block.mlp == "quick_gelu":
+            return self._sigmoid_unit(name, x, 1.702)
+        tanh = block.mlp == "gelu_tanh"
+        if self.form.gelu == "node" and self.graph.opset >= 20:
+            return self.graph.op(name, "Gelu", x, **({"approximate": "tanh"} if tanh else {}))
+        return self._tanh_gelu(name, x) if tanh or self.form.gelu == "tanh" else self._erf_gelu(name, x)
+
+    def _sigmoid_unit(self, name: str, x: ir.Value, slope: float) -> ir.Value:
+        """``x * sigmoid(slope * x)``: SiLU, and the quick GELU."""
+        g = self.graph
+        scaled = x if slope == 1.0 else g.op(f"{name}.slope", "Mul", x, g.floats("sigmoid.slope", slope))
+        return g.op(name, "Mul", x, g.op(f"{name}.sigmoid", "Sigmoid", scaled))
+
+    def _erf_gelu(self, name: str, x: ir.Value) -> ir.Value:
+        """``0.5 x (1 + erf(x / sqrt 2))`` in the order of operations that runtimes recognize."""
+        g = self.graph
+        erf = g.op(f"{name}.erf", "Erf", g.op(f"{name}.div", "Div", x, g.floats("gelu.sqrt2", math.sqrt(2.0))))
+        one = g.op(f"{name}.one", "Add", erf, g.floats("gelu.one", 1.0))
+        return g.op(name, "Mul", g.op(f"{name}.mul", "Mul", x, one), g.floats("gelu.half", 0.5))
+
+    def _tanh_gelu(self, name: str, x: ir.Value) -> ir.Value:
+        """``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``."""
+        g = self.graph
+        cube = g.op(f"{name}.cube", "Mul", g.op(f"{name}.square", "Mul", x, x), x)
+        inner = g.op(f"{name}.inner", "Add", x, g.op(f"{name}.cubic", "Mul", cube, g.floats("gelu.cubic", 0.044715)))
+        tanh = g.op(
+            f"{name}.tanh", "Tanh", g.op(f"{name}.arg", "Mul", inner, g.floats("gelu.slope", math.sqrt(2.0 / math.pi)))
+        )
+        one = g.op(f"{name}.one", "Add", tanh, g.floats("gelu.one", 1.0))
+        return g.op(name, "Mul", g.op(f"{name}.mul", "Mul", x, one), g.floats("gelu.half", 0.5))
+
+    # ------------------------------------------------------------------ pooling and head
+
+    def classify(self, x: ir.Value, rows: int) -> ir.Value:
+        """(B, rows, C) -> (B, classes), or (B, pooled) without a classifier."""
+        g, spec = self.graph, self.spec
+        pooled = self._pool(x, rows)
+        if not spec.num_classes:
+            return g.op("logits", "Identity", pooled)
+        pooled = self.linears.input("head", pooled, "head")
+        head = self.linears.matmul("head", "head", pooled, ("head",), None)
+        return g.op("logits", "Add", head, g.constant("head.bias", self.weights["head.bias"]))
+
+    def _pool(self, x: ir.Value, rows: int) -> ir.Value:
+        g, spec = self.graph, self.spec
+        if spec.pool in POOLED_ROWS:  # a norm after pooling reads the same single row
+            return g.reshape("pool", self._norm("norm", x), (rows * spec.embed_dim,))
+        if not spec.norm_after_pool:
+            x = self._norm("norm", x)
+        patches = x if not spec.prefix_tokens else g.slice("pool.patches", x, 1, spec.prefix_tokens, spec.tokens)
+        mean = self._mean("pool.mean", patches)
+        if spec.pool == "token_avg":
+            token = g.reshape("pool.token", g.slice("pool.first", x, 1, 0, 1), (spec.embed_dim,))
+            return g.op("pool", "Concat", token, mean, axis=1)
+        return self._norm("norm", mean) if spec.norm_after_pool else mean
+
+    def _mean(self, name: str, x: ir.Value) -> ir.Value:
+        g = self.graph
+        if g.opset >= 18:
+            return g.op(name, "ReduceMean", x, g.ints(f"{name}.axes", [1]), keepdims=0)
+        return g.op(name, "ReduceMean", x, axes=(1,), keepdims=0)

@@ -1,0 +1,153 @@
+"""ONNX Runtime on the CPU: the torch-free default of every device.
+
+int8 is emitted as ONNX Runtime's own integer operators, so nothing depends on its optimizer recognizing QDQ pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import BundleError, TargetUnavailable
+from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
+from targets._artifacts import check_files, check_precision, describe
+
+if TYPE_CHECKING:
+    import onnx_ir
+    import onnxruntime
+
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "open"]
+
+NAME = "ort"
+CAPABILITIES = Capabilities(
+    layout="tokens",
+    opset=20,
+    precisions=("fp32", "w8a8"),
+    qkv="packed",
+    patch="unshuffle",
+    qdq="integer_ops",
+)
+PROFILED_RUNS = 5
+FIX = "pip install onnxruntime"
+
+
+def available() -> Availability:
+    """Whether onnxruntime can be imported."""
+    if find_spec("onnxruntime") is None:
+        return Availability(available=False, reason="onnxruntime is not installed", fix=FIX)
+    import onnxruntime
+
+    return Availability(available=True, version=onnxruntime.__version__)
+
+
+def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """One ``.onnx`` file under ``options.out_dir``.
+
+    Raises:
+        ConfigError: ONNX Runtime does not run ``options.precision``.
+    """
+    import onnx_ir
+
+    check_precision(NAME, CAPABILITIES, options)
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    path = options.out_dir / f"{options.name}.onnx"
+    path.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+    return describe(NAME, graph, options, (path,), {})
+
+
+def open(artifact: Artifact, threads: int = 1) -> OrtSession:
+    """A session of `artifact` on `threads` threads.
+
+    Raises:
+        TargetUnavailable: onnxruntime is not installed.
+        BundleError: the file is missing, changed or not a model ONNX Runtime accepts.
+    """
+    if find_spec("onnxruntime") is None:
+        raise TargetUnavailable("Target 'ort' must have onnxruntime installed, got none.", hint=FIX)
+    check_files(artifact)
+    return OrtSession(artifact, threads)
+
+
+class OrtSession:
+    """An `onnxruntime.InferenceSession` with exactly the threads asked for."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._artifact = artifact
+        self._threads = threads
+        self._session = _load(artifact.path, _options(threads))
+        self._outputs = [spec.name for spec in artifact.outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
+        """Nodes as executed after ONNX Runtime's own fusions, median time of a few profiled runs."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = _load(self._artifact.path, options)
+            for _ in range(PROFILED_RUNS + 1):
+                session.run(self._outputs, dict(inputs))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _records(events)
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only: they are raised, nothing else is printed
+    return options
+
+
+def _load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    refusals = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        raise BundleError(
+            f"{path}: must be a model ONNX Runtime accepts, got: {error}.", hint="Build it again."
+        ) from error
+
+
+def _records(events: list[dict[str, Any]]) -> tuple[OpRecord, ...]:
+    """One record per executed node, in order of first execution; the first run is warm-up."""
+    times: dict[str, list[float]] = defaultdict(list)
+    about: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            times[name].append(event["dur"] / 1000.0)
+            about.setdefault(name, event["args"])
+    return tuple(
+        OpRecord(
+            name,
+            args["op_name"],
+            args["provider"].removesuffix("ExecutionProvider"),
+            _precision(args),
+            statistics.median(times[name][1:]),
+        )
+        for name, args in about.items()
+    )
+
+
+def _precision(args: Mapping[str, Any]) -> str:
+    """ "int8" when the node multiplies integers, else the dtype of its first input."""
+    types = [next(iter(shape)) for shape in args.get("input_type_shape", [])]
+    if not types:
+        return ""
+    return "int8" if types[0] in ("int8", "uint8") else {"float": "fp32"}.get(types[0], types[0])
