@@ -120,7 +120,9 @@ def seal(root: Path, content: Mapping[str, Any]) -> Manifest:
 def _read_manifest(root: Path) -> Manifest:
     path = root / "manifest.json"
     if not path.is_file():
-        raise BundleError(f"{root}: a bundle must hold manifest.json, found none.", hint="Make one with `vitrim compress`.")
+        raise BundleError(
+            f"{root}: a bundle must hold manifest.json, found none.", hint="Make one with `vitrim compress`."
+        )
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -134,7 +136,9 @@ def _inside(root: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     path = root / name
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{root}: file paths must stay inside the bundle, got {name!r}.", hint="Do not use this bundle.")
+        raise BundleError(
+            f"{root}: file paths must stay inside the bundle, got {name!r}.", hint="Do not use this bundle."
+        )
     return path
 
 
@@ -144,7 +148,10 @@ def _unzip(archive: Path, folder: Path) -> Path:
         with zipfile.ZipFile(archive) as z:
             total = sum(info.file_size for info in z.infolist())
             if total > MAX_FILE_BYTES:
-                raise BundleError(f"{archive}: must unpack to at most {MAX_FILE_BYTES} bytes, got {total}.", hint="Do not use this bundle.")
+                raise BundleError(
+                    f"{archive}: must unpack to at most {MAX_FILE_BYTES} bytes, got {total}.",
+                    hint="Do not use this bundle.",
+                )
             for info in z.infolist():
                 target = _inside(folder, info.filename.rstrip("/"))
                 if info.is_dir():
@@ -176,17 +183,26 @@ class Bundle:
             keep = tempfile.TemporaryDirectory(prefix="vitrim-")
             source = _unzip(source, Path(keep.name))
         if not source.is_dir():
-            raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
+            raise BundleError(
+                f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path."
+            )
         manifest = _read_manifest(source)
         for name, entry in manifest.files.items():
             file = _inside(source, name)
             if not file.is_file():
-                raise BundleError(f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again.")
+                raise BundleError(
+                    f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again."
+                )
             if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
-                raise BundleError(f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.", hint="Copy the bundle again.")
+                raise BundleError(
+                    f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.",
+                    hint="Copy the bundle again.",
+                )
         for target in manifest.targets.values():
             if target.path not in manifest.files:
-                raise BundleError(f"{path}: target file {target.path!r} must be listed in files.", hint="Make the bundle again.")
+                raise BundleError(
+                    f"{path}: target file {target.path!r} must be listed in files.", hint="Make the bundle again."
+                )
         return cls(source, manifest, keep)
 
     @cached_property
@@ -196,7 +212,9 @@ class Bundle:
         try:
             return Preprocess(**fields)
         except (TypeError, ConfigError) as error:
-            raise BundleError(f"{self.root}: manifest preprocess is not valid: {error}.", hint="Make the bundle again.") from None
+            raise BundleError(
+                f"{self.root}: manifest preprocess is not valid: {error}.", hint="Make the bundle again."
+            ) from None
 
     @cached_property
     def golden(self) -> dict[str, Array]:
@@ -205,7 +223,9 @@ class Bundle:
             with np.load(_inside(self.root, "golden.npz"), allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
         except (OSError, ValueError, EOFError) as error:
-            raise BundleError(f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again.") from None
+            raise BundleError(
+                f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again."
+            ) from None
 
     @property
     def default_target(self) -> str:
@@ -226,7 +246,17 @@ class Bundle:
 
         digest = self.manifest.files[entry.path]
         size = sum(f.stat().st_size for f in files)
-        return Artifact(target, main, digest.sha256, size, entry.precision, specs(entry.inputs), specs(entry.outputs), entry.settings, files)
+        return Artifact(
+            target,
+            main,
+            digest.sha256,
+            size,
+            entry.precision,
+            specs(entry.inputs),
+            specs(entry.outputs),
+            entry.settings,
+            files,
+        )
 
     def session(self, target: str | None = None, threads: int = 1) -> Session:
         """An open session of `target` (default: `default_target`); opened once per target and thread count."""
@@ -257,7 +287,9 @@ class Bundle:
         shifted = np.exp(logits - logits.max())
         return shifted / shifted.sum()
 
-    def top(self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None) -> list[tuple[str, float]]:
+    def top(
+        self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None
+    ) -> list[tuple[str, float]]:
         """The `k` most likely (label, probability) pairs."""
         p = self.predict(image, target)
         names = self.manifest.labels or [str(i) for i in range(len(p))]
@@ -271,11 +303,11 @@ class Bundle:
         """
         expected = self.golden.get(f"outputs.{target}")
         if expected is None:
-            raise BundleError(f"{self.root}: golden.npz must hold outputs of target {target!r}.", hint="Make the bundle again.")
+            raise BundleError(
+                f"{self.root}: golden.npz must hold outputs of target {target!r}.", hint="Make the bundle again."
+            )
         # One image at a time: a static-batch artifact takes no other, and a dynamic one is tested as it is used.
         got = np.concatenate([self.logits(x[None], target) for x in self.golden["inputs"]])
         worst = float(np.abs(got - expected).max()) if np.isfinite(got).all() else float("inf")
         limit = tolerance(expected, self.manifest.targets[target].precision)
         return {"target": target, "max_abs": worst, "tolerance": limit, "passed": worst <= limit}
-
-

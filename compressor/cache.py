@@ -75,7 +75,9 @@ class Cache:
 
     def _evict(self, keep: Path) -> None:
         assert self.folder is not None
-        entries = sorted((p for p in self.folder.iterdir() if p.is_dir() and p != keep), key=lambda p: p.stat().st_mtime)
+        entries = sorted(
+            (p for p in self.folder.iterdir() if p.is_dir() and p != keep), key=lambda p: p.stat().st_mtime
+        )
         sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in entries}
         excess = sum(sizes.values()) - LIMIT_BYTES
         for entry in entries:

@@ -9,25 +9,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
 from compressor.errors import VitrimError
+from compressor.result import Result
 
-__all__ = ["Console", "Result", "command", "main"]
+__all__ = ["Console", "command", "main"]
 
 INTERRUPTED = 3  # neither passed nor failed
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command answers: `data` for ``--json``, `lines` for people, and the exit code."""
-
-    data: dict[str, Any]
-    lines: list[Any] = field(default_factory=list)  # str or rich renderables
-    exit_code: int = 0
 
 
 class Console:
@@ -64,7 +55,12 @@ class Console:
         from rich.console import Console as Rich
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=Rich(stderr=True)) as bars:
             self._bars = bars
             try:
@@ -103,7 +99,9 @@ def command(app: typer.Typer, name: str, epilog: str) -> Callable[[Callable[...,
             raise typer.Exit(result.exit_code)
 
         own = [p for p in inspect.signature(fn, eval_str=True).parameters.values() if p.name != "console"]
-        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in COMMON.items()]
+        added = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in COMMON.items()
+        ]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -144,14 +142,24 @@ def main(app: typer.Typer) -> int:
     except VitrimError as error:
         failure, code = (error.code, str(error), error.hint), error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        failure, code = ("Interrupted", "Interrupted; nothing was written.", "Run it again: finished stages are reused."), INTERRUPTED
+        failure, code = (
+            ("Interrupted", "Interrupted; nothing was written.", "Run it again: finished stages are reused."),
+            INTERRUPTED,
+        )
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         failure, code = ("FileError", f"{what}.", "Check the path, its permissions and the free space."), 2
     except MemoryError:
         failure, code = ("OutOfMemory", "There is not enough memory for this model.", "Use a smaller --calib-size."), 2
     except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, still one sentence
-        failure, code = ("InternalError", f"{type(error).__name__}: {error}", "This is a bug in vitrim; run with -v and report it."), 2
+        failure, code = (
+            (
+                "InternalError",
+                f"{type(error).__name__}: {error}",
+                "This is a bug in vitrim; run with -v and report it.",
+            ),
+            2,
+        )
     if verbose:
         traceback.print_exc()
     _report(*failure)

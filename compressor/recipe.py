@@ -42,7 +42,9 @@ class Recipe:
         for name in ("mlp_ratio", "qk_ratio", "vo_ratio"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half.")
+                raise ConfigError(
+                    f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half."
+                )
         for name, low in (("calib_size", 1), ("threads", 1), ("seed", 0), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
@@ -83,7 +85,10 @@ def from_yaml(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: recipe must be a readable YAML file, got {str(error).splitlines()[0]}.") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: recipe must be a mapping of options, got {type(content).__name__}.", hint="For example: `mlp_ratio: 0.5`.")
+        raise ConfigError(
+            f"{path}: recipe must be a mapping of options, got {type(content).__name__}.",
+            hint="For example: `mlp_ratio: 0.5`.",
+        )
     if content.pop("schema", 1) != 1:
         raise ConfigError(f"{path}: schema must be 1.", hint="This vitrim reads recipes of schema 1.")
     known = [f.name for f in fields(Recipe)]

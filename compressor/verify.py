@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from compressor.errors import ParityError
+from compressor.intervals import proportion_interval
 from compressor.types import Array, Parity, Precision
 
-__all__ = ["AGREEMENT_FLOOR", "TOLERANCE", "accuracy", "check_parity", "parity", "tolerance", "wilson"]
+__all__ = ["AGREEMENT_FLOOR", "TOLERANCE", "accuracy", "check_parity", "parity", "tolerance"]
 
 # Largest |difference| allowed, as a share of the largest |logit|. fp32: rounding of some thousand float32 additions in
 # another order. bf16: 8 bits of mantissa. Integers: a different CPU rounds single activations to the neighbouring step,
 # and such flips accumulate over the blocks. Used for golden outputs, which must hold on another machine of the same runtime.
-TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "bf16": 5e-2, "w8a8": 1e-1, "w8a16": 5e-2, "w4a8": 1e-1, "w6a6": 2e-1}
+TOLERANCE: Mapping[Precision, float] = {
+    "fp32": 1e-3,
+    "bf16": 5e-2,
+    "w8a8": 1e-1,
+    "w8a16": 5e-2,
+    "w4a8": 1e-1,
+    "w6a6": 2e-1,
+}
 
 # A built artifact whose top-1 classes agree less often than this with the model it was built from is broken, not imprecise.
-AGREEMENT_FLOOR: Mapping[Precision, float] = {"fp32": 0.99, "bf16": 0.9, "w8a8": 0.8, "w8a16": 0.9, "w4a8": 0.7, "w6a6": 0.5}
+AGREEMENT_FLOOR: Mapping[Precision, float] = {
+    "fp32": 0.99,
+    "bf16": 0.9,
+    "w8a8": 0.8,
+    "w8a16": 0.9,
+    "w4a8": 0.7,
+    "w6a6": 0.5,
+}
 
 
 def parity(reference: Array, candidate: Array) -> Parity:
@@ -61,34 +75,23 @@ def check_parity(reference: Array, candidate: Array, precision: Precision, where
     if not np.isfinite(candidate).all():
         raise ParityError(f"{where}: outputs must be finite, got NaN or infinity.", hint=hint)
     if len(candidate) > 1 and np.ptp(reference, axis=0).max() > 0 and np.ptp(candidate, axis=0).max() == 0:
-        raise ParityError(f"{where}: outputs must depend on the input, got the same for {len(candidate)} images.", hint=hint)
+        raise ParityError(
+            f"{where}: outputs must depend on the input, got the same for {len(candidate)} images.", hint=hint
+        )
     result = parity(reference, candidate)
     limit = tolerance(reference, "fp32")
     if precision == "fp32" and result.max_abs > limit:
-        raise ParityError(f"{where}: outputs must be within {limit:.2g} of the model's, got {result.max_abs:.3g}.", hint=hint)
+        raise ParityError(
+            f"{where}: outputs must be within {limit:.2g} of the model's, got {result.max_abs:.3g}.", hint=hint
+        )
     # One flip in a handful of images proves nothing: judge the share only beyond what its own interval allows.
-    if wilson(round(result.agreement * result.count), result.count)[1] < AGREEMENT_FLOOR[precision]:
+    if proportion_interval(round(result.agreement * result.count), result.count)[1] < AGREEMENT_FLOOR[precision]:
         floor = AGREEMENT_FLOOR[precision]
         raise ParityError(
-            f"{where}: at least {floor:.0%} of the classes must agree with the model, got {result.agreement:.1%} of {result.count}.", hint=hint
+            f"{where}: at least {floor:.0%} of the classes must agree with the model, got {result.agreement:.1%} of {result.count}.",
+            hint=hint,
         )
     return result
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (95 % by default).
-
-    Source: Wilson 1927, JASA 22(158), the interval obtained by inverting the score test.
-
-    >>> tuple(round(x, 4) for x in wilson(90, 100))
-    (0.8256, 0.9448)
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def accuracy(logits: Array, labels: Array | None, reference: Array | None = None) -> dict[str, object]:
@@ -109,7 +112,7 @@ def accuracy(logits: Array, labels: Array | None, reference: Array | None = None
         right = predicted == labels
         k = min(5, logits.shape[1])
         top = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-        low, high = wilson(int(right.sum()), n)
+        low, high = proportion_interval(int(right.sum()), n)
         result |= {"top1": 100 * float(right.mean()), "top1_ci95": [100 * low, 100 * high]}
         result["top5"] = 100 * float((top == labels[:, None]).any(1).mean())
     result |= {"agreement": None, "flips": None, "mean_cosine": None}

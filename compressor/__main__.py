@@ -1,0 +1,5 @@
+"""``python -m compressor`` is the `vitrim` command."""
+
+from compressor.cli import main
+
+main()

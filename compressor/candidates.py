@@ -1,0 +1,199 @@
+"""Faster or revert: what a target could run, built, proven and raced side by side; the fastest that still agrees is kept.
+
+Everything is measured on the target in one interleaved race with the unpruned float model, so that a busy machine slows
+all of them alike. A slower result is never handed back silently: the outcome is a field of the result with its sentence.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import targets
+from compressor.errors import ConfigError, TargetUnavailable
+from compressor.lower import lower
+from compressor.profile import ProfileConfig, faster, interleave
+from compressor.types import (
+    Array,
+    Artifact,
+    BuildOptions,
+    Model,
+    OpRecord,
+    Parity,
+    Precision,
+    Quantization,
+    Session,
+    latency_ms,
+)
+from compressor.verify import check_parity
+
+__all__ = ["Candidate", "Outcome", "build", "contest", "logits", "open_model", "precisions", "require"]
+
+FLOAT: tuple[Precision, ...] = ("fp32", "bf16")
+RACE_SECONDS = 4.0  # of each contestant's share of an interleaved race
+
+
+def require(name: str) -> None:
+    """Raise TargetUnavailable, with the command that fixes it, unless target `name` can run here."""
+    state = targets.get(name).available()
+    if not state.available:
+        raise TargetUnavailable(
+            f"Target {name!r} is not available: {state.reason}", hint=f"Install it: {state.fix}" if state.fix else ""
+        )
+
+
+def precisions(name: str, wanted: str) -> tuple[Precision, ...]:
+    """What target `name` should try for ``--precision wanted``: always fp32, to fall back on, then what was asked for.
+
+    Raises:
+        ConfigError: the target cannot run `wanted`.
+    """
+    known = targets.get(name).CAPABILITIES.precisions
+    if wanted == "auto":
+        return tuple(known)
+    if wanted not in known:
+        raise ConfigError(f"precision must be one of {', '.join(known)} or auto for target {name!r}, got {wanted!r}.")
+    first: Precision = "fp32" if "fp32" in known else known[0]
+    return tuple(dict.fromkeys((first, next(p for p in known if p == wanted))))
+
+
+def build(model: Model, name: str, options: BuildOptions, quantization: Quantization | None = None) -> Artifact:
+    """`model` as an artifact of target `name` in ``options.out_dir``; `quantization` is used when the precision has integers."""
+    target = targets.get(name)
+    integer = options.precision not in FLOAT
+    own = integer and options.quantizer == "vitrim"
+    graph = lower(model, target.CAPABILITIES, quantization if own else None)
+    return target.build(graph, options)
+
+
+def logits(session: Session, artifact: Artifact, pixels: Array, batch: int = 50) -> Array:
+    """(n, C, h, w) -> (n, classes), in batches, or one by one where the artifact's batch is fixed."""
+    size = batch if artifact.inputs[0].shape[0] == -1 else artifact.inputs[0].shape[0]
+    feed, out = artifact.inputs[0].name, artifact.outputs[0].name
+    return np.concatenate([session.run({feed: pixels[i : i + size]})[out] for i in range(0, len(pixels), size)])
+
+
+def open_model(model: Model, name: str, threads: int, stack: ExitStack) -> tuple[Callable[[], Session], Artifact]:
+    """What opens a float session of `model` on target `name`; its files live as long as `stack`."""
+    require(name)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitrim-")))
+    artifact = build(model, name, BuildOptions(folder))
+    return partial(targets.get(name).open, artifact, threads=threads), artifact
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One precision of one target: built, proven against the float model, and raced."""
+
+    artifact: Artifact
+    parity: Parity
+    samples_ns: tuple[int, ...]
+    golden: Array  # (8, classes)
+
+    @property
+    def p50(self) -> float:
+        """Median latency in milliseconds."""
+        return latency_ms(self.samples_ns)["p50"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All candidates of one target and which was kept, with the sentence that says why."""
+
+    target: str
+    kept: Candidate
+    candidates: tuple[Candidate, ...]
+    reference_ns: tuple[int, ...]
+    reverted: bool
+    reason: str
+    ops: tuple[OpRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What every target's contest is about.
+
+    Args:
+        reference: the unpruned float model.
+        model: the compressed float model.
+        expected: (n, classes) logits of `model` on `pixels`.
+        pixels: (n, C, h, w) calibration inputs for parity; never evaluation images.
+        golden: (8, C, h, w).
+        quantizations: by precision.
+        min_agreement: percent of classes that a candidate must share with `model` to be eligible.
+    """
+
+    reference: Model
+    model: Model
+    expected: Array
+    pixels: Array
+    golden: Array
+    quantizations: Mapping[Precision, Quantization] = field(default_factory=dict)
+    min_agreement: float = 98.0
+
+
+def contest(job: Contest, name: str, wanted: str, out_dir: Path, *, threads: int, quantizer: str = "vitrim") -> Outcome:
+    """Build, prove and race every precision of target `name`; the fastest eligible one is kept.
+
+    Raises:
+        ParityError: a built artifact computes something else.
+    """
+    target = targets.get(name)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitrim-")))
+        reference = build(job.reference, name, BuildOptions(folder, name="reference"))
+        sessions = {"reference": target.open(reference, threads=threads)}
+        artifacts: dict[str, Artifact] = {}
+        for precision in precisions(name, wanted):
+            calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8))) if quantizer == "nncf" else ()
+            options = BuildOptions(
+                out_dir, precision, precision, "nncf" if quantizer == "nncf" else "vitrim", calibration
+            )
+            artifacts[precision] = build(job.model, name, options, job.quantizations.get(precision))
+            sessions[precision] = target.open(artifacts[precision], threads=threads)
+        feed = {reference.inputs[0].name: job.golden[:1]}
+        times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
+        candidates = tuple(_candidate(job, sessions[p], a, times[p]) for p, a in artifacts.items())
+        kept, reverted, reason = _choose(candidates, wanted, job.min_agreement)
+        ops = sessions[kept.artifact.precision].ops(feed)
+    for loser in candidates:
+        if loser is not kept:
+            for file in set(loser.artifact.files) - set(kept.artifact.files):
+                file.unlink()
+    return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops)
+
+
+def _candidate(job: Contest, session: Session, artifact: Artifact, samples_ns: tuple[int, ...]) -> Candidate:
+    got = logits(session, artifact, job.pixels)
+    where = f"{artifact.target} {artifact.precision}"
+    result = check_parity(job.expected, got, artifact.precision, where)
+    golden = np.concatenate([logits(session, artifact, x[None]) for x in job.golden])
+    return Candidate(artifact, result, samples_ns, golden)
+
+
+def _choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:
+    """The kept candidate, whether a requested or possible quantized one was dropped for it, and why.
+
+    The first candidate, fp32, is kept unless another is faster with its whole 95 % interval.
+    """
+    base = candidates[0]
+    if len(candidates) == 1:
+        return base, False, f"{base.artifact.precision} was the only precision asked for."
+    ratios = {c.artifact.precision: faster(c.samples_ns, base.samples_ns) for c in candidates[1:]}
+    exact = [c for c in candidates[1:] if 100 * c.parity.agreement >= min_agreement or wanted == c.artifact.precision]
+    kept = min([base, *(c for c in exact if ratios[c.artifact.precision].is_faster)], key=lambda c: c.p50)
+    told = [f"{base.artifact.precision} {base.p50:.3g} ms"]
+    for c in candidates[1:]:
+        r = ratios[c.artifact.precision]
+        text = f"{c.artifact.precision} {c.p50:.3g} ms ({r.ratio:.2f}x its time, 95 % interval {r.low:.2f} to {r.high:.2f})"
+        told.append(text if c in exact else f"{text}, not eligible at {100 * c.parity.agreement:.1f} % agreement")
+    reason = f"{kept.artifact.precision} kept: " + "; ".join(told) + "."
+    if wanted != "auto":
+        return kept, kept.artifact.precision != wanted, reason
+    return kept, kept.artifact.precision in FLOAT and any(c.artifact.precision not in FLOAT for c in candidates), reason

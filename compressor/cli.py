@@ -1,0 +1,240 @@
+"""The command line: one command per job; each parses, calls one function, and says what came out."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor import console
+from compressor.console import Console, command
+from compressor.result import Result
+
+app = typer.Typer(
+    name="vitrim",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="A trained Vision Transformer in; the smallest, fastest, proven model for one edge device out.",
+    epilog="First try: vitrim compress demo --mlp-ratio 0.5 --out b    then: vitrim verify b",
+)
+
+MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
+Source = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder or .zip.", show_default=False)]
+Either = Annotated[
+    str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a model to run in float.", show_default=False)
+]
+Arch = Annotated[str | None, typer.Option(help="Architecture of a bare weights file, e.g. deit_tiny_patch16_224.")]
+ImageSize = Annotated[int | None, typer.Option(help="Resample position embeddings to this input size (pixels).")]
+Target = Annotated[
+    str | None, typer.Option(help="Target to run on; default: the bundle's first one available, or ort.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+
+
+class Pruner(StrEnum):
+    """Pruning algorithms."""
+
+    corp = "corp"
+    obs = "obs"
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from compressor import __version__
+
+        print(f"vitrim {__version__}")
+        raise typer.Exit
+
+
+@command(app, "doctor", epilog="vitrim doctor --json")
+def doctor(console: Console) -> Result:
+    """Say which targets can run here, and what to install for the others."""
+    from compressor.doctor import examine
+
+    return examine()
+
+
+@command(
+    app,
+    "inspect",
+    epilog="vitrim inspect demo    vitrim inspect my_model/    vitrim inspect weights.pth --arch deit_small_patch16_224",
+)
+def inspect_model(console: Console, model: Source, arch: Arch = None, image_size: ImageSize = None) -> Result:
+    """Show what a checkpoint is: family, sizes per block, parameters, MACs, preprocessing. Nothing in it is executed."""
+    from compressor import checkpoint, show
+
+    facts = checkpoint.describe(checkpoint.load(model, arch=arch, image_size=image_size))
+    return Result(facts, show.model(facts))
+
+
+@command(
+    app,
+    "compress",
+    epilog="vitrim compress demo --out b    vitrim compress my_model/ --data photos/ --eval val/ --mlp-ratio 0.5 --qk-ratio 0.5 --target openvino --out b",
+)
+def compress(
+    console: Console,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Bundle to write.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration images: demo, a folder, or .npz. Never random.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Target, repeatable (default ort). See `vitrim doctor`.")
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option(help="Labelled images to measure accuracy on; never used to choose anything.")
+    ] = None,
+    mlp_ratio: Annotated[float | None, typer.Option(help="Fraction of MLP hidden units removed.")] = None,
+    qk_ratio: Annotated[float | None, typer.Option(help="Fraction of query/key dimensions removed.")] = None,
+    vo_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of value/output dimensions removed (obs only).")
+    ] = None,
+    pruner: Annotated[Pruner | None, typer.Option(help="obs (default) or corp, the published method.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, w8a8, ... or auto: the fastest that agrees.")
+    ] = None,
+    quantizer: Annotated[str | None, typer.Option(help="vitrim (default), or nncf where the target offers it.")] = None,
+    calib_size: Annotated[int | None, typer.Option(help="Calibration images used, at most (default 512).")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
+    arch: Arch = None,
+    image_size: ImageSize = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, for the work and for the latency (default 1).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
+    zip: Annotated[bool, typer.Option("--zip", help="Write the bundle as one .zip file.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
+) -> Result:
+    """Prune, quantize, lower, verify, profile and bundle a model: the main job."""
+    from compressor import show
+    from compressor.cache import Cache, default_folder
+    from compressor.errors import ConfigError
+    from compressor.output import file_or_folder
+    from compressor.pipeline import compress as run
+    from compressor.recipe import Recipe, from_yaml, override
+
+    if out is None:
+        raise ConfigError("--out must name the bundle to write.", hint="For example: --out my_bundle")
+    flags = {
+        **{
+            "model": model,
+            "data": data,
+            "targets": tuple(target) if target else None,
+            "eval": eval,
+            "pruner": pruner and str(pruner),
+        },
+        **{
+            "mlp_ratio": mlp_ratio,
+            "qk_ratio": qk_ratio,
+            "vo_ratio": vo_ratio,
+            "precision": precision,
+            "quantizer": quantizer,
+        },
+        **{"calib_size": calib_size, "arch": arch, "image_size": image_size, "seed": seed, "threads": threads},
+    }
+    plan = override(from_yaml(recipe) if recipe else Recipe(model=""), flags)
+    if not plan.model:
+        raise ConfigError(
+            "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
+        )
+    cache = Cache(None if no_cache else default_folder())
+    with file_or_folder(out, force=force, zipped=zip) as folder:
+        result = run(plan, folder, cache, console.progress)
+    result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
+    return Result(result, show.compressed(result))
+
+
+@command(app, "profile", epilog="vitrim profile b --target openvino --per-op    vitrim profile demo --threads 2 --json")
+def profile(
+    console: Console,
+    source: Either,
+    target: Target = None,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 1,
+    per_op: Annotated[bool, typer.Option("--per-op", help="Add the runtime's own table of operations.")] = False,
+    arch: Arch = None,
+) -> Result:
+    """Measure the latency distribution of a bundle or model on a target."""
+    from compressor import show
+    from compressor.inference import profile_source
+
+    data = profile_source(source, target, threads=threads, batch=batch, per_op=per_op, arch=arch)
+    return Result(data, show.profile(data))
+
+
+@command(app, "eval", epilog="vitrim eval b --data val/    vitrim eval b --data demo:eval --target openvino --json")
+def evaluate(
+    console: Console,
+    source: Either,
+    data: Annotated[
+        str, typer.Option(help="Labelled images: a folder of class folders, .npz, or demo.", show_default=False)
+    ],
+    target: Target = None,
+    threads: Threads = 1,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to agree with (default: the bundle's own float model).")
+    ] = None,
+    arch: Arch = None,
+) -> Result:
+    """Measure accuracy with its 95 % interval, and agreement with the reference."""
+    from compressor import show
+    from compressor.inference import evaluate_source
+
+    found = evaluate_source(
+        source, data, target, threads=threads, reference=reference, arch=arch, progress=console.progress
+    )
+    return Result(found, show.accuracy(found))
+
+
+@command(app, "run", epilog="vitrim run b photo.jpg    vitrim run b *.png --top 3 --json")
+def run_images(
+    console: Console,
+    bundle: BundlePath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    top: Annotated[int, typer.Option(min=1, help="Classes shown.")] = 5,
+    target: Target = None,
+    threads: Threads = 1,
+) -> Result:
+    """Classify images with a bundle; needs no torch."""
+    from compressor.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    name = target or opened.default_target
+    opened.session(name, threads)
+    results = [
+        {"image": str(i), "top": [{"label": n, "probability": p} for n, p in opened.top(i, top, name)]} for i in images
+    ]
+    lines = [f"{r['image']}: " + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in r["top"]) for r in results]  # type: ignore[index]
+    return Result({"bundle": str(bundle), "target": name, "results": results}, lines)
+
+
+@command(app, "verify", epilog="vitrim verify b    vitrim verify b.zip --target ort --json")
+def verify(console: Console, bundle: BundlePath, target: Target = None) -> Result:
+    """Check a bundle: hashes, then golden inputs through every available target against the recorded outputs."""
+    from compressor.inference import verify_bundle
+
+    return verify_bundle(bundle, target)
+
+
+@command(app, "report", epilog="vitrim report b --out report.html")
+def report(
+    console: Console,
+    bundle: BundlePath,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page (default: next to the bundle).")] = None,
+) -> Result:
+    """Write the bundle's report as one HTML page that needs no network."""
+    from compressor.inference import write_report
+
+    path = write_report(bundle, out)
+    return Result({"report": str(path)}, [f"Wrote {path}"])
+
+
+def main() -> None:
+    """Entry point of the `vitrim` command."""
+    sys.exit(console.main(app))

@@ -1,0 +1,42 @@
+"""What can run here: targets with their versions, the CPU, and for everything missing the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+
+import targets
+from compressor import __version__
+from compressor.device import fingerprint
+from compressor.result import Result
+
+__all__ = ["examine"]
+
+
+def examine() -> Result:
+    """The ``vitrim doctor --json`` object and its page; never fails because something is missing."""
+    states = {name: targets.get(name).available() for name in targets.names()}
+    rows = [
+        {"name": n, "available": s.available, "version": s.version, "reason": s.reason, "fix": s.fix}
+        for n, s in states.items()
+    ]
+    compress = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("onnx_ir") is not None
+    found = {
+        "vitrim": __version__,
+        "python": platform.python_version(),
+        "device": fingerprint(),
+        "can_compress": compress,
+        "fix": "" if compress else "pip install 'vitrim[compress]'",
+        "targets": rows,
+    }
+    lines = [f"vitrim {__version__}, Python {platform.python_version()} ({sys.executable})"]
+    cpu = found["device"].get("cpu", {}) if isinstance(found["device"], dict) else {}
+    lines += [f"CPU: {cpu}"] if cpu else []
+    lines.append("compress: ready" if compress else f"compress: not installed; {found['fix']}")
+    for row in rows:
+        state = f"ready {row['version']}" if row["available"] else f"missing: {row['reason']}"
+        lines.append(f"  {row['name']:<10} {state}")
+        if not row["available"] and row["fix"]:
+            lines.append(f"  {'':<10} fix: {row['fix']}")
+    return Result(found, lines)

@@ -1,0 +1,190 @@
+"""What the commands that run something have in common: a session of a bundle's target, or of a plain model in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import targets
+from calibration import data
+from compressor.bundle import Bundle
+from compressor.errors import BundleError, ConfigError
+from compressor.profile import ProfileConfig, profile, to_json
+from compressor.result import Result
+from compressor.types import Array, Artifact, Preprocess, Session
+from compressor.verify import accuracy
+
+__all__ = ["evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def is_bundle(source: str) -> bool:
+    """Whether `source` names a bundle rather than a model."""
+    path = Path(source)
+    return (path / "manifest.json").is_file() or path.suffix == ".zip"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Something that can run: how to open its session, its artifact, and the images it takes."""
+
+    target: str
+    opener: Callable[[], Session]
+    artifact: Artifact
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    num_classes: int
+    golden: Array | None  # (8, C, h, w) of a bundle
+
+
+def open_source(source: str, target: str | None, threads: int, arch: str | None, stack: ExitStack) -> Opened:
+    """The bundle at `source` on `target`, or the model `source` in float on `target` (default ort)."""
+    if is_bundle(source):
+        bundle = Bundle.open(source)
+        name = target or bundle.default_target
+        artifact, manifest = bundle.artifact(name), bundle.manifest
+        classes = int(manifest.spec.get("num_classes", 0))
+        opener = lambda: targets.get(name).open(artifact, threads=threads)  # noqa: E731
+        return Opened(
+            name, opener, artifact, bundle.preprocess, tuple(manifest.labels), classes, bundle.golden["inputs"]
+        )
+    from compressor import checkpoint
+    from compressor.candidates import open_model
+
+    model = checkpoint.load(source, arch=arch)
+    name = target or "ort"
+    opener, artifact = open_model(model, name, threads, stack)
+    return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None)
+
+
+def profile_source(
+    source: str, target: str | None, *, threads: int, batch: int, per_op: bool, arch: str | None
+) -> dict[str, Any]:
+    """The ``vitrim profile --json`` object of a bundle or model."""
+    with ExitStack() as stack:
+        opened = open_source(source, target, threads, arch, stack)
+        feed = opened.artifact.inputs[0]
+        shape = feed.shape[1:]
+        if feed.shape[0] not in (-1, batch):
+            raise ConfigError(
+                f"batch must be {feed.shape[0]} for target {opened.target!r}, whose artifact is static, got {batch}."
+            )
+        pixels = (
+            opened.golden
+            if opened.golden is not None
+            else np.random.default_rng(0).standard_normal((1, *shape), np.float32)
+        )
+        inputs = {feed.name: np.resize(pixels, (batch, *shape))}
+        versions = {opened.target: targets.get(opened.target).available().version}
+        found = profile(opened.opener, inputs, ProfileConfig(threads=threads, target=opened.target, versions=versions))
+        ops = opened.opener().ops(inputs) if per_op else ()
+    return {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops))}
+
+
+def evaluate_source(
+    source: str,
+    images: str,
+    target: str | None,
+    *,
+    threads: int,
+    reference: str | None,
+    arch: str | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The ``vitrim eval --json`` object: accuracy of `source` on `images`, agreement with `reference`.
+
+    The reference of a bundle is its own float model on the same target, of a model nothing, unless `reference` names one.
+    """
+    with ExitStack() as stack:
+        opened = open_source(source, target, threads, arch, stack)
+        dataset = data.open_images(images)
+        labels = data.match_labels(dataset, opened.labels, opened.num_classes) if dataset.labels is not None else None
+        rival = _reference(source, reference, opened, threads, stack)
+        got, expected = [], []
+        session, other = opened.opener(), rival[0]() if rival else None
+        from compressor.candidates import logits
+
+        for pixels in data.batches(
+            dataset, opened.preprocess, 50, lambda done, total: progress("evaluate", done, total)
+        ):
+            got.append(logits(session, opened.artifact, pixels))
+            if rival and other is not None:
+                expected.append(logits(other, rival[1], pixels))
+    found = accuracy(np.concatenate(got), labels, np.concatenate(expected) if expected else None)
+    return {"source": source, "target": opened.target, "precision": opened.artifact.precision, "data": images, **found}
+
+
+def _reference(
+    source: str, reference: str | None, opened: Opened, threads: int, stack: ExitStack
+) -> tuple[Callable[[], Session], Artifact] | None:
+    name = reference or (source if is_bundle(source) else None)
+    if name is None:
+        return None
+    from compressor import checkpoint
+    from compressor.candidates import open_model
+
+    model = checkpoint.load(name)
+    if model.preprocess.size != opened.preprocess.size or model.spec.num_classes != opened.num_classes:
+        raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source!r}.")
+    return open_model(model, opened.target, threads, stack)
+
+
+def verify_bundle(path: Path, target: str | None) -> Result:
+    """Hashes (checked on opening), then each target's golden outputs; exit code 1 when any check fails."""
+    if not path.exists():
+        raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
+    try:
+        bundle = Bundle.open(path)
+    except BundleError as error:
+        error.exit_code = 1  # a bundle that fails its own hashes is a failed verification, not a usage error
+        raise
+    names = [target] if target else list(bundle.manifest.targets)
+    checks, lines = [], [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
+    for name in names:
+        bundle.artifact(name)
+        state = targets.get(name).available()
+        if not state.available:
+            checks.append({"target": name, "passed": None, "skipped": state.reason})
+            lines.append(f"  {name}: not run here: {state.reason}")
+            continue
+        check = bundle.check(name)
+        checks.append(check)
+        lines.append(
+            f"  {name}: {'pass' if check['passed'] else 'FAIL'}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})"
+        )
+    failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
+    found = {
+        "bundle": str(path),
+        "passed": ran and not failed,
+        "files": len(bundle.manifest.files),
+        "signature": None,
+        "targets": checks,
+    }
+    return Result(found, lines, 1 if failed else 0 if ran else 3)
+
+
+def write_report(path: Path, out: Path | None) -> Path:
+    """Render the bundle's report.json as one HTML page at `out`, by default ``<bundle>.html`` beside it."""
+    import json
+
+    from compressor.report import render
+
+    bundle = Bundle.open(path)
+    source = bundle.root / "report.json"
+    if "report.json" not in bundle.manifest.files:
+        raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
+    page = out or path.absolute().with_suffix(".html")
+    text = render(json.loads(source.read_text(encoding="utf-8")))
+    partial = page.with_name(f".{page.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(page)
+    finally:
+        partial.unlink(missing_ok=True)
+    return page

@@ -1,0 +1,81 @@
+"""Output that appears complete or not at all: written to a temporary sibling, then renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import ConfigError
+
+__all__ = ["file_or_folder", "folder_output", "write_json", "zip_folder"]
+
+
+def _check(out: Path, *, force: bool) -> None:
+    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if occupied and not force:
+        raise ConfigError(
+            f"{out}: output must not exist yet.", hint="Choose another --out, or add --force to replace it."
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"{out}: the folder {parent} must exist.", hint="Create it first.")
+
+
+@contextmanager
+def folder_output(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends without an error, and vanishes when it does not.
+
+    Raises:
+        ConfigError: `out` exists and is not empty, without `force`.
+    """
+    _check(out, force=force)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        if out.is_dir():
+            shutil.rmtree(out)
+        elif out.exists():
+            out.unlink()
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def file_or_folder(out: Path, *, force: bool, zipped: bool) -> Iterator[Path]:
+    """A folder to fill that becomes `out`: as it is, or as one .zip file."""
+    if not zipped:
+        with folder_output(out, force=force) as folder:
+            yield folder
+        return
+    _check(out, force=force)
+    with tempfile.TemporaryDirectory(prefix="vitrim-") as work:
+        yield Path(work)
+        zip_folder(Path(work), out)
+
+
+def zip_folder(folder: Path, out: Path) -> None:
+    """`folder` as one .zip at `out`; same content, same bytes."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                with file.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`content` as indented JSON; NaN is a bug, not a value."""
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

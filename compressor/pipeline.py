@@ -1,0 +1,246 @@
+"""One run of `vitrim compress`: the only file that knows the order of the stages.
+
+checkpoint -> images -> prune -> quantize -> per target (lower, build, verify, race, keep the fastest) -> evaluate -> bundle
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import targets
+from calibration import data
+from compressor import __version__, checkpoint
+from compressor.bundle import artifact_entry, seal
+from compressor.cache import Cache
+from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
+from compressor.device import fingerprint, peak_rss_bytes
+from compressor.output import write_json
+from compressor.profile import Stopwatch
+from compressor.recipe import Recipe, to_dict
+from compressor.report import render
+from compressor.stages import Images, Progress, load_images, prune_stage, quantize_stage, torch_logits
+from compressor.types import Array, Model, Precision, latency_ms
+from compressor.verify import accuracy
+
+__all__ = ["compress"]
+
+GOLDEN = 8
+PARITY_IMAGES = 256  # calibration images on which every artifact is held against the model it was built from
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one run have made so far."""
+
+    recipe: Recipe
+    reference: Model
+    model: Model
+    blocks: list[dict[str, Any]]
+    images: Images
+    outcomes: tuple[Outcome, ...]
+    pixels: Array  # (n, C, h, w) the calibration inputs of the parity checks
+    expected: Array  # (n, classes)
+
+
+def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> dict[str, Any]:
+    """Fill the empty `folder` with the bundle that `recipe` describes; return the ``vitrim compress --json`` object.
+
+    Args:
+        recipe: every choice.
+        folder: see `compressor.output`, which makes it appear complete or not at all.
+        cache: finished stages.
+        progress: called with (stage, done, total).
+
+    Raises:
+        VitrimError: any of the tree in `compressor.errors`.
+    """
+    watch = Stopwatch()
+    for name in recipe.targets:  # everything that can be refused is refused before any work
+        require(name)
+        precisions(name, recipe.precision)
+    _limit_threads(recipe.threads)
+    run = _stages(recipe, folder, cache, progress, watch)
+    with watch("evaluate"):
+        accuracies = _evaluate(run, progress)
+    result = _result(run, accuracies)
+    with watch("bundle"):
+        manifest = _write(run, folder)
+    result |= {
+        "timings_s": watch.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "recipe": to_dict(recipe),
+        "seed": recipe.seed,
+    }
+    report = {**result, **_report_extras(run, manifest)}
+    write_json(folder / "report.json", report)
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    seal(folder, manifest)
+    return result
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watch: Stopwatch) -> Run:
+    with watch("load"):
+        reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
+        images = load_images(recipe, reference)
+    with watch("prune"):
+        model, blocks = prune_stage(reference, images.calibration, recipe, cache, progress)
+    integers = {p for name in recipe.targets for p in precisions(name, recipe.precision) if p not in FLOAT}
+    with watch("quantize"):
+        grids = {
+            p: quantize_stage(model, images.calibration, p, cache, progress)
+            for p in sorted(integers)
+            if recipe.quantizer == "vitrim"
+        }
+    subset = images.calibration.subset(range(min(PARITY_IMAGES, len(images.calibration))))
+    pixels = np.concatenate(list(data.batches(subset, model.preprocess, 64)))
+    expected = torch_logits(model, pixels)
+    job = Contest(reference, model, expected, pixels, pixels[:GOLDEN], grids)
+    outcomes = []
+    for done, name in enumerate(recipe.targets, 1):
+        with watch(f"target {name}"):
+            target_folder = folder / "targets" / name
+            target_folder.mkdir(parents=True)
+            outcomes.append(
+                contest(job, name, recipe.precision, target_folder, threads=recipe.threads, quantizer=recipe.quantizer)
+            )
+        progress("build, verify, race", done, len(recipe.targets))
+    return Run(recipe, reference, model, blocks, images, tuple(outcomes), pixels, expected)
+
+
+def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Accuracy of the reference and of each target's artifact: on the evaluation images, else agreement on calibration images."""
+    images = run.images.evaluation
+    if images is None:
+        dense = torch_logits(run.reference, run.pixels)
+        return _each(run, lambda: [run.pixels], None, [dense])
+    chunks: list[Array] = []
+
+    def stream() -> Any:
+        return data.batches(images, run.model.preprocess, 100, lambda done, total: progress("evaluate", done, total))
+
+    chunks = [torch_logits(run.reference, pixels) for pixels in stream()]
+    return _each(run, stream, run.images.labels, chunks)
+
+
+def _each(run: Run, stream: Callable[[], Any], labels: Array | None, dense: list[Array]) -> dict[str, dict[str, Any]]:
+    reference = np.concatenate(dense)
+    found = {"reference": accuracy(reference, labels)}
+    for outcome in run.outcomes:
+        session = targets.get(outcome.target).open(outcome.kept.artifact, threads=run.recipe.threads)
+        got = np.concatenate([logits(session, outcome.kept.artifact, pixels) for pixels in stream()])
+        found[outcome.target] = accuracy(got, labels, reference)
+    return found
+
+
+def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    first = accuracies[run.outcomes[0].target]
+    dense = accuracies["reference"]
+    return {
+        "model": run.reference.origin.name or run.recipe.model,
+        "reference": {
+            "params": run.reference.params,
+            "macs": run.reference.spec.macs(),
+            "top1": dense["top1"],
+            "top1_ci95": dense["top1_ci95"],
+        },
+        "compressed": {
+            "params": run.model.params,
+            "macs": run.model.spec.macs(),
+            "top1": first["top1"],
+            "top1_ci95": first["top1_ci95"],
+            "agreement": first["agreement"],
+            "precision": run.outcomes[0].kept.artifact.precision,
+            "evaluated_on": "evaluation" if run.images.evaluation is not None else "calibration",
+            "n": first["n"],
+        },
+        "targets": [_target_result(o, accuracies[o.target]) for o in run.outcomes],
+    }
+
+
+def _target_result(outcome: Outcome, found: dict[str, Any]) -> dict[str, Any]:
+    kept = outcome.kept
+    reference, latency = latency_ms(outcome.reference_ns), latency_ms(kept.samples_ns)
+    return {
+        "name": outcome.target,
+        "artifact": f"targets/{outcome.target}/{kept.artifact.path.name}",
+        "precision": kept.artifact.precision,
+        "size_bytes": kept.artifact.size_bytes,
+        "latency_ms": latency,
+        "reference_latency_ms": reference,
+        "speedup": reference["p50"] / latency["p50"],
+        "parity": {**asdict(kept.parity), "agreement": 100 * kept.parity.agreement},
+        "reverted": outcome.reverted,
+        "reason": outcome.reason,
+        "accuracy": found,
+    }
+
+
+def _write(run: Run, folder: Path) -> dict[str, Any]:
+    """Everything of the bundle but the reports and the seal; returns the manifest's content."""
+    checkpoint.save(run.model, folder)
+    arrays = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
+    np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
+    origin = run.reference.origin
+    return {
+        "spec": asdict(run.model.spec),
+        "preprocess": asdict(run.model.preprocess),
+        "labels": list(run.model.labels),
+        "recipe": to_dict(run.recipe),
+        "versions": _versions(),
+        "seed": run.recipe.seed,
+        "calibration": {
+            "source": run.images.calibration.source,
+            "count": len(run.images.calibration),
+            "sha256": run.images.calibration.digest(),
+        },
+        "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
+        "targets": {o.target: artifact_entry(o.kept.artifact, folder).model_dump() for o in run.outcomes},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"vitrim": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "onnx-ir", "onnxruntime", "openvino", "nncf"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What report.json holds beyond the result: blocks, every candidate tried, per-op tables, provenance."""
+    candidates = [
+        {
+            "target": o.target,
+            "precision": c.artifact.precision,
+            "latency_ms": latency_ms(c.samples_ns),
+            "samples_ns": list(c.samples_ns),
+            "agreement": 100 * c.parity.agreement,
+            "kept": c is o.kept,
+        }
+        for o in run.outcomes
+        for c in o.candidates
+    ]
+    ops = {o.target: [asdict(op) for op in o.ops] for o in run.outcomes}
+    provenance = {k: manifest[k] for k in ("versions", "seed", "recipe", "checkpoint", "calibration")}
+    return {
+        "blocks": run.blocks,
+        "candidates": candidates,
+        "ops": ops,
+        "provenance": {**provenance, "device": fingerprint()},
+    }

@@ -1,0 +1,116 @@
+"""What a person sees of a result: short tables of the JSON that ``--json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["accuracy", "compressed", "model", "profile"]
+
+Json = Mapping[str, Any]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part:,} ({part / whole:.0%})"
+
+
+def _percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.2f} %" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+
+
+def model(facts: Json) -> list[Any]:
+    """`inspect`."""
+    head = f"{facts['name'] or facts['family']} ({facts['family']}): {facts['params']:,} parameters, {facts['macs']:,} MACs"
+    rows: list[list[object]] = []
+    for i, b in enumerate(facts["blocks"]):
+        sizes = [b["heads"], b["qk_dim"], b["v_dim"], b["mlp_dim"]]
+        if rows and rows[-1][1:] == sizes:
+            rows[-1][0] = f"{str(rows[-1][0]).split('-', maxsplit=1)[0]}-{i}"
+        else:
+            rows.append([i, *sizes])
+    p = facts["preprocess"]
+    images = f"Images: {p['size'][0]}x{p['size'][1]} {p['channels']}, {p['interpolation']}, crop {p['crop']}, mean {p['mean']}, std {p['std']}"
+    return [
+        head,
+        f"Width {facts['embed_dim']}, {len(facts['blocks'])} blocks",
+        _table("", ["blocks", "heads", "qk", "v", "mlp"], rows),
+        images,
+    ]
+
+
+def compressed(result: Json) -> list[Any]:
+    """`compress`."""
+    before, after = result["reference"], result["compressed"]
+    size = [
+        ["parameters", f"{before['params']:,}", _share(after["params"], before["params"])],
+        ["MACs per image", f"{before['macs']:,}", _share(after["macs"], before["macs"])],
+        ["top-1", _percent(before["top1"], before["top1_ci95"]), _percent(after["top1"], after["top1_ci95"])],
+        ["same class as before", "", f"{_percent(after['agreement'])} of {after['n']} {after['evaluated_on']} images"],
+    ]
+    rows = [
+        [
+            t["name"],
+            t["precision"],
+            f"{t['reference_latency_ms']['p50']:.3g}",
+            f"{t['latency_ms']['p50']:.3g}",
+            f"{t['speedup']:.2f}x",
+            f"{t['size_bytes'] / 1e6:.2f}",
+            _percent(t["accuracy"]["top1"]),
+        ]
+        for t in result["targets"]
+    ]
+    columns = ["target", "kept", "before ms", "after ms", "speed-up", "MB", "top-1"]
+    lines: list[Any] = [_table(f"{result['model']}", ["", "before", "after"], size), _table("Targets", columns, rows)]
+    lines += [f"{t['name']}: {t['reason']}" for t in result["targets"]]
+    return [
+        *lines,
+        f"Wrote {result['bundle']} in {sum(result['timings_s'].values()):.0f} s; next: vitrim report {result['bundle']}",
+    ]
+
+
+def accuracy(found: Json) -> list[Any]:
+    """`eval`."""
+    lines = [f"{found['source']} on {found['target']} ({found['precision']}), {found['n']} images"]
+    if found["top1"] is not None:
+        lines.append(f"  top-1 {_percent(found['top1'], found['top1_ci95'])}, top-5 {_percent(found['top5'])}")
+    if found["agreement"] is not None:
+        lines.append(
+            f"  agreement {_percent(found['agreement'])}, {found['flips']} flips, mean cosine {found['mean_cosine']:.5f}"
+        )
+    return lines
+
+
+def profile(found: Json) -> list[Any]:
+    """`profile`."""
+    ms = found["latency_ms"]
+    line = f"{found['target']} ({found['precision']}), {found['threads']} thread(s), batch {found['batch']}, {found['runs']} runs after {found['warmup']} warm-up"
+    times = "  ".join(f"{name} {ms[name]:.3g}" for name in ("min", "p50", "p90", "p99", "mean"))
+    cold = f"  load {found['load_ms']:.3g} ms, first run {found['first_run_ms']:.3g} ms, peak memory {found['peak_rss_bytes'] / 1e6:.0f} MB"
+    lines: list[Any] = [line, f"  latency ms: {times}", cold]
+    if found["ops"]:
+        slowest = sorted(found["ops"], key=lambda op: -op["time_ms"])[:25]
+        rows = [
+            [op["name"], op["type"], op["precision"], op["placement"], f"{op['time_ms']:.3f}", f"{op['share']:.1%}"]
+            for op in slowest
+        ]
+        lines.append(
+            _table(
+                f"Slowest of {len(found['ops'])} operations",
+                ["operation", "type", "precision", "on", "ms", "share"],
+                rows,
+            )
+        )
+    return lines

@@ -1,0 +1,151 @@
+"""The stages of a run, each taken from the cache when it was finished before: images, pruning, quantization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration import data
+from calibration.observe import ObservePlan, observe
+from compressor import checkpoint
+from compressor.cache import Cache, key
+from compressor.errors import ConfigError, DataError
+from compressor.prune import CorpConfig, corp
+from compressor.quantize import QuantizeConfig, quantize
+from compressor.recipe import Recipe
+from compressor.types import PRECISION_BITS, Array, Model, Precision, QParams, Quantization
+from compressor.vit import to_torch
+
+__all__ = ["Images", "Progress", "load_images", "model_digest", "prune_stage", "quantize_stage", "torch_logits"]
+
+Progress = Callable[[str, int, int], None]
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Images:
+    """Calibration images, and evaluation images with labels where there are any; no image is in both."""
+
+    calibration: data.ImageSet
+    evaluation: data.ImageSet | None
+    labels: Array | None
+
+
+def load_images(recipe: Recipe, model: Model) -> Images:
+    """The image sets a recipe names; ``demo`` data brings its own evaluation set.
+
+    Raises:
+        DataError: no images, labels that do not fit the model, or images used for both calibration and evaluation.
+    """
+    calibration = data.open_images(recipe.data, limit=recipe.calib_size, seed=recipe.seed)
+    source = recipe.eval or ("demo:eval" if recipe.data == "demo" else None)
+    if source is None:
+        return Images(calibration, None, None)
+    evaluation = data.open_images(source)
+    shared = set(calibration.content_hashes()) & set(evaluation.content_hashes())
+    if shared:
+        raise DataError(
+            f"{source}: evaluation images must not be calibration images, got {len(shared)} in both sets.",
+            hint="Calibrate on training images: an accuracy measured on calibration images proves nothing.",
+        )
+    labels = (
+        data.match_labels(evaluation, model.labels, model.spec.num_classes) if evaluation.labels is not None else None
+    )
+    return Images(calibration, evaluation, labels)
+
+
+def model_digest(model: Model) -> str:
+    """sha256 of spec, image contract and weights: the identity of a model in the cache."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps([asdict(model.spec), model.preprocess.digest()], sort_keys=True).encode())
+    for name in sorted(model.weights):
+        digest.update(np.ascontiguousarray(model.weights[name]).data)
+    return digest.hexdigest()
+
+
+def batches(images: data.ImageSet, model: Model, progress: Progress, stage: str) -> Iterator[Array]:
+    """Preprocessed float32 batches (B, C, h, w), reporting progress by image."""
+    yield from data.batches(images, model.preprocess, BATCH, partial(progress, stage))
+
+
+def prune_stage(
+    model: Model, images: data.ImageSet, recipe: Recipe, cache: Cache, progress: Progress
+) -> tuple[Model, list[dict[str, Any]]]:
+    """`model` with what the recipe removes removed, and the report of every block; the model itself when nothing is."""
+    if not recipe.prunes:
+        return model, []
+    options = {n: getattr(recipe, n) for n in ("pruner", "mlp_ratio", "qk_ratio", "vo_ratio", "seed")}
+    name = key("prune", model=model_digest(model), images=images.digest(), **options)
+
+    def make(folder: Path) -> None:
+        result = _prune(model, images, recipe, progress)
+        checkpoint.save(result.model, folder)
+        (folder / "blocks.json").write_text(json.dumps([asdict(b) for b in result.blocks]))
+
+    folder, reused = cache.fetch(name, make)
+    if reused:
+        progress("prune (reused)", 1, 1)
+    small = checkpoint.load(str(folder))
+    return replace(small, preprocess=model.preprocess, labels=model.labels), json.loads(
+        (folder / "blocks.json").read_text()
+    )
+
+
+def _prune(model: Model, images: data.ImageSet, recipe: Recipe, progress: Progress) -> Any:
+    raise NotImplementedError
+
+
+def quantize_stage(
+    model: Model, images: data.ImageSet, precision: Precision, cache: Cache, progress: Progress
+) -> Quantization:
+    """Integer grids of `model` from one streamed pass over `images`."""
+    if precision not in PRECISION_BITS:
+        raise ConfigError(f"precision {precision!r} has no integers to calibrate.")
+    name = key("quantize", model=model_digest(model), images=images.digest(), precision=precision)
+
+    def make(folder: Path) -> None:
+        stats = observe(to_torch(model), batches(images, model, progress, f"calibrate {precision}"), ObservePlan())
+        write_quantization(quantize(model, stats, QuantizeConfig(precision)), folder / "quantization.npz")
+
+    folder, reused = cache.fetch(name, make)
+    if reused:
+        progress(f"calibrate {precision} (reused)", 1, 1)
+    return read_quantization(folder / "quantization.npz", precision)
+
+
+def write_quantization(quantization: Quantization, path: Path) -> None:
+    """Scales as arrays, the rest as one JSON entry."""
+    arrays, facts = {}, {}
+    for kind, table in (("weights", quantization.weights), ("activations", quantization.activations)):
+        for name, q in table.items():
+            arrays[f"{kind}/{name}"] = np.asarray(q.scale, np.float32)
+            facts[f"{kind}/{name}"] = [q.zero_point, q.bits, q.axis]
+    np.savez(path, facts=np.array(json.dumps(facts)), **arrays)
+
+
+def read_quantization(path: Path, precision: Precision) -> Quantization:
+    """What `write_quantization` wrote."""
+    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
+    with np.load(path, allow_pickle=False) as stored:
+        for entry, (zero, bits, axis) in json.loads(str(stored["facts"])).items():
+            kind, _, name = entry.partition("/")
+            tables[kind][name] = QParams(stored[entry], zero, bits, axis)
+    return Quantization(tables["weights"], tables["activations"], precision)
+
+
+def torch_logits(model: Model, pixels: Array, batch: int = 50) -> Array:
+    """(n, C, h, w) -> (n, classes) by the torch module: the reference every artifact is held against."""
+    import torch
+
+    module = to_torch(model)
+    with torch.inference_mode():
+        return np.concatenate(
+            [module(torch.from_numpy(pixels[i : i + batch])).numpy() for i in range(0, len(pixels), batch)]
+        )
