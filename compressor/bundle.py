@@ -1,6 +1,7 @@
 """The bundle: a directory (or one .zip) that a device runs with numpy, pillow and one runtime.
 
-    manifest.json   schema, spec, preprocess, labels, recipe, versions, seed, calibration, checkpoint, targets, files{path: {sha256, size}}
+    manifest.json   schema, spec, preprocess, labels, recipe, versions, seed, calibration, checkpoint, targets,
+                    files{path: {sha256, size}}
     model.safetensors + config.json   the compressed float model, input of another compress, gate or target
     golden.npz      preprocessed inputs, reference logits, each target's outputs
     targets/<name>/ artifacts               report.json  report.html
@@ -59,6 +60,8 @@ class TargetEntry(_Strict):
     """One target's artifact: its main file, precision, and what `open` needs beside it."""
 
     path: str
+    files: list[str]  # all of them, in the target's order, main file included
+    sha256: str  # of `files` one after the other
     precision: Literal["fp32", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
     settings: dict[str, str] = {}
     inputs: list[TensorEntry]
@@ -95,6 +98,8 @@ def artifact_entry(artifact: Artifact, root: Path) -> TargetEntry:
 
     return TargetEntry(
         path=artifact.path.relative_to(root).as_posix(),
+        files=[f.relative_to(root).as_posix() for f in artifact.files],
+        sha256=artifact.sha256,
         precision=artifact.precision,
         settings=dict(artifact.settings),
         inputs=tensors(artifact.inputs),
@@ -112,7 +117,7 @@ def seal(root: Path, content: Mapping[str, Any]) -> Manifest:
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
     listing = {p.relative_to(root).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
     manifest = Manifest.model_validate({"schema": 1, **content, "files": listing})
-    text = json.dumps(manifest.model_dump(by_alias=True), indent=1, sort_keys=True)
+    text = json.dumps(manifest.model_dump(by_alias=True), indent=1)
     (root / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return manifest
 
@@ -199,16 +204,19 @@ class Bundle:
                     hint="Copy the bundle again.",
                 )
         for target in manifest.targets.values():
-            if target.path not in manifest.files:
-                raise BundleError(
-                    f"{path}: target file {target.path!r} must be listed in files.", hint="Make the bundle again."
-                )
+            for name in (target.path, *target.files):
+                if name not in manifest.files:
+                    raise BundleError(
+                        f"{path}: target file {name!r} must be listed in files.", hint="Make the bundle again."
+                    )
         return cls(source, manifest, keep)
 
     @cached_property
     def preprocess(self) -> Preprocess:
         """The image contract the model was calibrated and evaluated with."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.preprocess.items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.preprocess.items()
+        }
         try:
             return Preprocess(**fields)
         except (TypeError, ConfigError) as error:
@@ -238,24 +246,21 @@ class Bundle:
         if target not in self.manifest.targets:
             raise unknown_name(f"{self.root}: target", target, self.manifest.targets)
         entry = self.manifest.targets[target]
-        main = _inside(self.root, entry.path)
-        files = tuple(self.root / f for f in self.manifest.files if f.startswith(f"targets/{target}/"))
+        files = tuple(_inside(self.root, f) for f in entry.files)
 
         def specs(tensors: list[TensorEntry]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(t.name, t.dtype, tuple(t.shape)) for t in tensors)
 
-        digest = self.manifest.files[entry.path]
-        size = sum(f.stat().st_size for f in files)
         return Artifact(
-            target,
-            main,
-            digest.sha256,
-            size,
-            entry.precision,
-            specs(entry.inputs),
-            specs(entry.outputs),
-            entry.settings,
-            files,
+            target=target,
+            path=_inside(self.root, entry.path),
+            sha256=entry.sha256,
+            size_bytes=sum(f.stat().st_size for f in files),
+            precision=entry.precision,
+            inputs=specs(entry.inputs),
+            outputs=specs(entry.outputs),
+            settings=entry.settings,
+            files=files,
         )
 
     def session(self, target: str | None = None, threads: int = 1) -> Session:
@@ -285,7 +290,8 @@ class Bundle:
             pixels = apply(self.preprocess, image)
         logits = self.logits(pixels[None], target)[0].astype(np.float64)
         shifted = np.exp(logits - logits.max())
-        return shifted / shifted.sum()
+        probabilities: Array = shifted / shifted.sum()
+        return probabilities
 
     def top(
         self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None

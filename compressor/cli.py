@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +20,11 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="A trained Vision Transformer in; the smallest, fastest, proven model for one edge device out.",
-    epilog="First try: vitrim compress demo --mlp-ratio 0.5 --out b    then: vitrim verify b",
+    epilog="\b\nFirst steps:\n  vitrim compress demo --mlp-ratio 0.5 --qk-ratio 0.5 --out b\n  vitrim verify b",
 )
 
 MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
-Source = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder or .zip.", show_default=False)]
 Either = Annotated[
     str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a model to run in float.", show_default=False)
@@ -52,7 +53,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@command(app, "doctor", epilog="vitrim doctor --json")
+@command(app, "doctor", "vitrim doctor --json")
 def doctor(console: Console) -> Result:
     """Say which targets can run here, and what to install for the others."""
     from compressor.doctor import examine
@@ -63,9 +64,11 @@ def doctor(console: Console) -> Result:
 @command(
     app,
     "inspect",
-    epilog="vitrim inspect demo    vitrim inspect my_model/    vitrim inspect weights.pth --arch deit_small_patch16_224",
+    "vitrim inspect demo",
+    "vitrim inspect my_model/",
+    "vitrim inspect weights.pth --arch deit_small_patch16_224",
 )
-def inspect_model(console: Console, model: Source, arch: Arch = None, image_size: ImageSize = None) -> Result:
+def inspect_model(console: Console, model: ModelPath, arch: Arch = None, image_size: ImageSize = None) -> Result:
     """Show what a checkpoint is: family, sizes per block, parameters, MACs, preprocessing. Nothing in it is executed."""
     from compressor import checkpoint, show
 
@@ -76,7 +79,8 @@ def inspect_model(console: Console, model: Source, arch: Arch = None, image_size
 @command(
     app,
     "compress",
-    epilog="vitrim compress demo --out b    vitrim compress my_model/ --data photos/ --eval val/ --mlp-ratio 0.5 --qk-ratio 0.5 --target openvino --out b",
+    "vitrim compress demo --out b",
+    "vitrim compress my_model/ --data photos/ --eval val/ --mlp-ratio 0.5 --qk-ratio 0.5 --target openvino --out b",
 )
 def compress(
     console: Console,
@@ -112,6 +116,7 @@ def compress(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
 ) -> Result:
     """Prune, quantize, lower, verify, profile and bundle a model: the main job."""
+    given = dict(locals())
     from compressor import show
     from compressor.cache import Cache, default_folder
     from compressor.errors import ConfigError
@@ -121,24 +126,8 @@ def compress(
 
     if out is None:
         raise ConfigError("--out must name the bundle to write.", hint="For example: --out my_bundle")
-    flags = {
-        **{
-            "model": model,
-            "data": data,
-            "targets": tuple(target) if target else None,
-            "eval": eval,
-            "pruner": pruner and str(pruner),
-        },
-        **{
-            "mlp_ratio": mlp_ratio,
-            "qk_ratio": qk_ratio,
-            "vo_ratio": vo_ratio,
-            "precision": precision,
-            "quantizer": quantizer,
-        },
-        **{"calib_size": calib_size, "arch": arch, "image_size": image_size, "seed": seed, "threads": threads},
-    }
-    plan = override(from_yaml(recipe) if recipe else Recipe(model=""), flags)
+    flags = {f.name: given[f.name] for f in fields(Recipe) if f.name != "targets"}
+    plan = override(from_yaml(recipe) if recipe else Recipe(), {**flags, "targets": tuple(target) if target else None})
     if not plan.model:
         raise ConfigError(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
@@ -150,7 +139,7 @@ def compress(
     return Result(result, show.compressed(result))
 
 
-@command(app, "profile", epilog="vitrim profile b --target openvino --per-op    vitrim profile demo --threads 2 --json")
+@command(app, "profile", "vitrim profile b --target openvino --per-op", "vitrim profile demo --threads 2 --json")
 def profile(
     console: Console,
     source: Either,
@@ -162,13 +151,13 @@ def profile(
 ) -> Result:
     """Measure the latency distribution of a bundle or model on a target."""
     from compressor import show
-    from compressor.inference import profile_source
+    from compressor.inference import Source, profile_source
 
-    data = profile_source(source, target, threads=threads, batch=batch, per_op=per_op, arch=arch)
+    data = profile_source(Source(source, target, threads, arch), batch=batch, per_op=per_op)
     return Result(data, show.profile(data))
 
 
-@command(app, "eval", epilog="vitrim eval b --data val/    vitrim eval b --data demo:eval --target openvino --json")
+@command(app, "eval", "vitrim eval b --data val/", "vitrim eval b --data demo:eval --target openvino --json")
 def evaluate(
     console: Console,
     source: Either,
@@ -184,15 +173,13 @@ def evaluate(
 ) -> Result:
     """Measure accuracy with its 95 % interval, and agreement with the reference."""
     from compressor import show
-    from compressor.inference import evaluate_source
+    from compressor.inference import Source, evaluate_source
 
-    found = evaluate_source(
-        source, data, target, threads=threads, reference=reference, arch=arch, progress=console.progress
-    )
+    found = evaluate_source(Source(source, target, threads, arch), data, reference, console.progress)
     return Result(found, show.accuracy(found))
 
 
-@command(app, "run", epilog="vitrim run b photo.jpg    vitrim run b *.png --top 3 --json")
+@command(app, "run", "vitrim run b photo.jpg", "vitrim run b *.png --top 3 --json")
 def run_images(
     console: Console,
     bundle: BundlePath,
@@ -214,7 +201,7 @@ def run_images(
     return Result({"bundle": str(bundle), "target": name, "results": results}, lines)
 
 
-@command(app, "verify", epilog="vitrim verify b    vitrim verify b.zip --target ort --json")
+@command(app, "verify", "vitrim verify b", "vitrim verify b.zip --target ort --json")
 def verify(console: Console, bundle: BundlePath, target: Target = None) -> Result:
     """Check a bundle: hashes, then golden inputs through every available target against the recorded outputs."""
     from compressor.inference import verify_bundle
@@ -222,7 +209,7 @@ def verify(console: Console, bundle: BundlePath, target: Target = None) -> Resul
     return verify_bundle(bundle, target)
 
 
-@command(app, "report", epilog="vitrim report b --out report.html")
+@command(app, "report", "vitrim report b --out report.html")
 def report(
     console: Console,
     bundle: BundlePath,

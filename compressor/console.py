@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from compressor.result import Result
 __all__ = ["Console", "command", "main"]
 
 INTERRUPTED = 3  # neither passed nor failed
+COMPRESS_PACKAGES = ("torch", "safetensors", "onnx", "onnx_ir", "scipy", "sklearn", "jinja2", "matplotlib", "yaml")
 
 
 class Console:
@@ -76,13 +78,13 @@ COMMON = {
 }
 
 
-def command(app: typer.Typer, name: str, epilog: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+def command(app: typer.Typer, name: str, *examples: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     """Register a function ``(console, **options) -> Result`` as command `name`, with --json, -v and -q added.
 
     Args:
         app: where it is registered.
         name: as typed.
-        epilog: examples shown below the help.
+        examples: command lines shown below the help.
     """
 
     def register(fn: Callable[..., Result]) -> Callable[..., None]:
@@ -105,8 +107,8 @@ def command(app: typer.Typer, name: str, epilog: str) -> Callable[[Callable[...,
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # type: ignore[attr-defined]
-        app.command(name, epilog=epilog)(run)
+        del run.__wrapped__
+        app.command(name, epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))(run)
         return run
 
     return register
@@ -126,41 +128,48 @@ def _report(code: str, message: str, hint: str) -> None:
     print(f"vitrim: {message}" + (f"\n        {hint}" if hint else ""), file=sys.stderr)
 
 
+def _stop(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(app: typer.Typer) -> int:
     """Run `app` on ``sys.argv``; every failure becomes one sentence and an exit code, a traceback only with -v."""
     import click
 
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         return int(app(standalone_mode=False) or 0)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
-        usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "vitrim"
-        _report("UsageError", error.format_message(), f"See `{usage} --help`.")
-        return 2
-    except VitrimError as error:
-        failure, code = (error.code, str(error), error.hint), error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        failure, code = (
-            ("Interrupted", "Interrupted; nothing was written.", "Run it again: finished stages are reused."),
-            INTERRUPTED,
-        )
-    except OSError as error:
+    except BaseException as error:  # noqa: BLE001 - the last line of defence: even our bug is one sentence
+        code, failure = _explain(error)
+        if verbose:
+            traceback.print_exc()
+        _report(*failure)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, tuple[str, str, str]]:
+    """Exit code, and (code, message, hint) of a failure."""
+    import click
+
+    if isinstance(error, VitrimError):
+        return error.exit_code, (error.code, str(error), error.hint)
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        where = context.command_path if context else "vitrim"
+        return 2, ("UsageError", error.format_message(), f"See `{where} --help`.")
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        hint = "Run it again: finished stages are reused."
+        return INTERRUPTED, ("Interrupted", "Interrupted; nothing was written.", hint)
+    if isinstance(error, ModuleNotFoundError) and error.name in COMPRESS_PACKAGES:
+        hint = "pip install 'vitrim[compress]'; the device install runs, verifies and profiles bundles only."
+        return 3, ("MissingDependency", f"This command needs the package {error.name!r}, which is not installed.", hint)
+    if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        failure, code = ("FileError", f"{what}.", "Check the path, its permissions and the free space."), 2
-    except MemoryError:
-        failure, code = ("OutOfMemory", "There is not enough memory for this model.", "Use a smaller --calib-size."), 2
-    except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, still one sentence
-        failure, code = (
-            (
-                "InternalError",
-                f"{type(error).__name__}: {error}",
-                "This is a bug in vitrim; run with -v and report it.",
-            ),
-            2,
-        )
-    if verbose:
-        traceback.print_exc()
-    _report(*failure)
-    return code
+        return 2, ("FileError", f"{what}.", "Check the path, its permissions and the free space.")
+    if isinstance(error, MemoryError):
+        return 2, ("OutOfMemory", "There is not enough memory for this model.", "Use a smaller --calib-size.")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return 2, ("InternalError", text, "This is a bug in vitrim; run with -v and report it.")

@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import compressor
 
-__all__ = ["Counters", "conditions", "fingerprint", "identity", "peak_rss_bytes", "read_counters"]
+__all__ = ["Counters", "conditions", "fingerprint", "identity", "peak_rss_bytes", "pinned", "read_counters"]
 
 ROOT = Path("/")
 # CPU features that decide which kernels a runtime picks; the full flag list only adds noise to a report.
@@ -89,6 +90,24 @@ def peak_rss_bytes(*, root: Path = ROOT) -> int:
     peak.
     """
     return _kib(root / "proc/self/status", "VmHWM") or 0
+
+
+@contextmanager
+def pinned(cpus: int) -> Iterator[None]:
+    """Restrict this process to its first `cpus` allowed CPUs, so that the scheduler does not move it while it is timed.
+
+    Where the system has no affinity, or allows no more CPUs than that, nothing is changed. Threads a runtime started
+    before keep their own affinity.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(allowed) <= cpus:
+        yield
+        return
+    os.sched_setaffinity(0, allowed[:cpus])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # --------------------------------------------------------------------------- during a run

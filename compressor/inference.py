@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ import targets
 from calibration import data
 from compressor.bundle import Bundle
 from compressor.errors import BundleError, ConfigError
-from compressor.profile import ProfileConfig, profile, to_json
+from compressor.profile import ProfileConfig, profile
+from compressor.profile_json import to_json
 from compressor.result import Result
 from compressor.types import Array, Artifact, Preprocess, Session
 from compressor.verify import accuracy
 
-__all__ = ["evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
+__all__ = ["Source", "evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a command was asked to run: a bundle or a model, where, and with how many threads."""
+
+    path: str
+    target: str | None = None
+    threads: int = 1
+    arch: str | None = None
 
 
 def is_bundle(source: str) -> bool:
@@ -43,32 +55,30 @@ class Opened:
     golden: Array | None  # (8, C, h, w) of a bundle
 
 
-def open_source(source: str, target: str | None, threads: int, arch: str | None, stack: ExitStack) -> Opened:
-    """The bundle at `source` on `target`, or the model `source` in float on `target` (default ort)."""
-    if is_bundle(source):
-        bundle = Bundle.open(source)
-        name = target or bundle.default_target
+def open_source(source: Source, stack: ExitStack) -> Opened:
+    """The bundle on its target, or the model in float on its target (default ort)."""
+    if is_bundle(source.path):
+        bundle = Bundle.open(source.path)
+        name = source.target or bundle.default_target
         artifact, manifest = bundle.artifact(name), bundle.manifest
         classes = int(manifest.spec.get("num_classes", 0))
-        opener = lambda: targets.get(name).open(artifact, threads=threads)  # noqa: E731
+        opener: Callable[[], Session] = partial(targets.get(name).open, artifact, threads=source.threads)
         return Opened(
             name, opener, artifact, bundle.preprocess, tuple(manifest.labels), classes, bundle.golden["inputs"]
         )
     from compressor import checkpoint
     from compressor.candidates import open_model
 
-    model = checkpoint.load(source, arch=arch)
-    name = target or "ort"
-    opener, artifact = open_model(model, name, threads, stack)
+    model = checkpoint.load(source.path, arch=source.arch)
+    name = source.target or "ort"
+    opener, artifact = open_model(model, name, source.threads, stack)
     return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None)
 
 
-def profile_source(
-    source: str, target: str | None, *, threads: int, batch: int, per_op: bool, arch: str | None
-) -> dict[str, Any]:
+def profile_source(source: Source, *, batch: int, per_op: bool) -> dict[str, Any]:
     """The ``vitrim profile --json`` object of a bundle or model."""
     with ExitStack() as stack:
-        opened = open_source(source, target, threads, arch, stack)
+        opened = open_source(source, stack)
         feed = opened.artifact.inputs[0]
         shape = feed.shape[1:]
         if feed.shape[0] not in (-1, batch):
@@ -82,30 +92,23 @@ def profile_source(
         )
         inputs = {feed.name: np.resize(pixels, (batch, *shape))}
         versions = {opened.target: targets.get(opened.target).available().version}
-        found = profile(opened.opener, inputs, ProfileConfig(threads=threads, target=opened.target, versions=versions))
+        found = profile(
+            opened.opener, inputs, ProfileConfig(threads=source.threads, target=opened.target, versions=versions)
+        )
         ops = opened.opener().ops(inputs) if per_op else ()
     return {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops))}
 
 
-def evaluate_source(
-    source: str,
-    images: str,
-    target: str | None,
-    *,
-    threads: int,
-    reference: str | None,
-    arch: str | None,
-    progress: Progress,
-) -> dict[str, Any]:
+def evaluate_source(source: Source, images: str, reference: str | None, progress: Progress) -> dict[str, Any]:
     """The ``vitrim eval --json`` object: accuracy of `source` on `images`, agreement with `reference`.
 
     The reference of a bundle is its own float model on the same target, of a model nothing, unless `reference` names one.
     """
     with ExitStack() as stack:
-        opened = open_source(source, target, threads, arch, stack)
+        opened = open_source(source, stack)
         dataset = data.open_images(images)
         labels = data.match_labels(dataset, opened.labels, opened.num_classes) if dataset.labels is not None else None
-        rival = _reference(source, reference, opened, threads, stack)
+        rival = _reference(source, reference, opened, stack)
         got, expected = [], []
         session, other = opened.opener(), rival[0]() if rival else None
         from compressor.candidates import logits
@@ -117,13 +120,19 @@ def evaluate_source(
             if rival and other is not None:
                 expected.append(logits(other, rival[1], pixels))
     found = accuracy(np.concatenate(got), labels, np.concatenate(expected) if expected else None)
-    return {"source": source, "target": opened.target, "precision": opened.artifact.precision, "data": images, **found}
+    return {
+        "source": source.path,
+        "target": opened.target,
+        "precision": opened.artifact.precision,
+        "data": images,
+        **found,
+    }
 
 
 def _reference(
-    source: str, reference: str | None, opened: Opened, threads: int, stack: ExitStack
+    source: Source, reference: str | None, opened: Opened, stack: ExitStack
 ) -> tuple[Callable[[], Session], Artifact] | None:
-    name = reference or (source if is_bundle(source) else None)
+    name = reference or (source.path if is_bundle(source.path) else None)
     if name is None:
         return None
     from compressor import checkpoint
@@ -131,8 +140,8 @@ def _reference(
 
     model = checkpoint.load(name)
     if model.preprocess.size != opened.preprocess.size or model.spec.num_classes != opened.num_classes:
-        raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source!r}.")
-    return open_model(model, opened.target, threads, stack)
+        raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source.path!r}.")
+    return open_model(model, opened.target, source.threads, stack)
 
 
 def verify_bundle(path: Path, target: str | None) -> Result:
@@ -145,7 +154,8 @@ def verify_bundle(path: Path, target: str | None) -> Result:
         error.exit_code = 1  # a bundle that fails its own hashes is a failed verification, not a usage error
         raise
     names = [target] if target else list(bundle.manifest.targets)
-    checks, lines = [], [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
+    checks: list[dict[str, Any]] = []
+    lines = [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
     for name in names:
         bundle.artifact(name)
         state = targets.get(name).available()
@@ -155,9 +165,8 @@ def verify_bundle(path: Path, target: str | None) -> Result:
             continue
         check = bundle.check(name)
         checks.append(check)
-        lines.append(
-            f"  {name}: {'pass' if check['passed'] else 'FAIL'}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})"
-        )
+        verdict = "pass" if check["passed"] else "FAIL"
+        lines.append(f"  {name}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})")
     failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
     found = {
         "bundle": str(path),

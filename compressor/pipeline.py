@@ -6,9 +6,9 @@ checkpoint -> images -> prune -> quantize -> per target (lower, build, verify, r
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from compressor.profile import Stopwatch
 from compressor.recipe import Recipe, to_dict
 from compressor.report import render
 from compressor.stages import Images, Progress, load_images, prune_stage, quantize_stage, torch_logits
-from compressor.types import Array, Model, Precision, latency_ms
+from compressor.types import Array, Model, latency_ms
 from compressor.verify import accuracy
 
 __all__ = ["compress"]
@@ -122,28 +122,22 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Accuracy of the reference and of each target's artifact: on the evaluation images, else agreement on calibration images."""
+    """Accuracy of the reference and of each kept artifact; without evaluation images, agreement on calibration images."""
     images = run.images.evaluation
-    if images is None:
-        dense = torch_logits(run.reference, run.pixels)
-        return _each(run, lambda: [run.pixels], None, [dense])
-    chunks: list[Array] = []
 
-    def stream() -> Any:
-        return data.batches(images, run.model.preprocess, 100, lambda done, total: progress("evaluate", done, total))
+    def stream(who: str) -> Iterator[Array]:
+        if images is None:
+            return iter([run.pixels])
+        return data.batches(images, run.model.preprocess, 100, partial(progress, f"evaluate {who}"))
 
-    chunks = [torch_logits(run.reference, pixels) for pixels in stream()]
-    return _each(run, stream, run.images.labels, chunks)
+    def logits_of(outcome: Outcome) -> Array:
+        artifact = outcome.kept.artifact
+        session = targets.get(outcome.target).open(artifact, threads=run.recipe.threads)
+        return np.concatenate([logits(session, artifact, pixels) for pixels in stream(outcome.target)])
 
-
-def _each(run: Run, stream: Callable[[], Any], labels: Array | None, dense: list[Array]) -> dict[str, dict[str, Any]]:
-    reference = np.concatenate(dense)
-    found = {"reference": accuracy(reference, labels)}
-    for outcome in run.outcomes:
-        session = targets.get(outcome.target).open(outcome.kept.artifact, threads=run.recipe.threads)
-        got = np.concatenate([logits(session, outcome.kept.artifact, pixels) for pixels in stream()])
-        found[outcome.target] = accuracy(got, labels, reference)
-    return found
+    reference = np.concatenate([torch_logits(run.reference, pixels) for pixels in stream("reference")])
+    found = {o.target: accuracy(logits_of(o), run.images.labels, reference) for o in run.outcomes}
+    return {"reference": accuracy(reference, run.images.labels), **found}
 
 
 def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +186,7 @@ def _target_result(outcome: Outcome, found: dict[str, Any]) -> dict[str, Any]:
 def _write(run: Run, folder: Path) -> dict[str, Any]:
     """Everything of the bundle but the reports and the seal; returns the manifest's content."""
     checkpoint.save(run.model, folder)
-    arrays = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
+    arrays: dict[str, Any] = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
     np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
     origin = run.reference.origin
     return {

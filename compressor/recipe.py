@@ -22,7 +22,7 @@ class Recipe:
     Ratios are the fraction removed, in [0, 1). `precision` ``auto`` lets each target's measured latency decide.
     """
 
-    model: str = "demo"
+    model: str = ""
     data: str = "demo"
     targets: tuple[str, ...] = ("ort",)
     eval: str | None = None

@@ -42,12 +42,12 @@ def model(facts: Json) -> list[Any]:
         else:
             rows.append([i, *sizes])
     p = facts["preprocess"]
-    images = f"Images: {p['size'][0]}x{p['size'][1]} {p['channels']}, {p['interpolation']}, crop {p['crop']}, mean {p['mean']}, std {p['std']}"
+    images = f"Images: {p['size'][0]}x{p['size'][1]} {p['channels']}, {p['interpolation']}, crop {p['crop']}"
     return [
         head,
         f"Width {facts['embed_dim']}, {len(facts['blocks'])} blocks",
         _table("", ["blocks", "heads", "qk", "v", "mlp"], rows),
-        images,
+        f"{images}, mean {p['mean']}, std {p['std']}",
     ]
 
 
@@ -96,10 +96,12 @@ def accuracy(found: Json) -> list[Any]:
 def profile(found: Json) -> list[Any]:
     """`profile`."""
     ms = found["latency_ms"]
-    line = f"{found['target']} ({found['precision']}), {found['threads']} thread(s), batch {found['batch']}, {found['runs']} runs after {found['warmup']} warm-up"
+    what = f"{found['target']} ({found['precision']}), {found['threads']} thread(s), batch {found['batch']}"
+    line = f"{what}, {found['runs']} runs after {found['warmup']} warm-up"
     times = "  ".join(f"{name} {ms[name]:.3g}" for name in ("min", "p50", "p90", "p99", "mean"))
-    cold = f"  load {found['load_ms']:.3g} ms, first run {found['first_run_ms']:.3g} ms, peak memory {found['peak_rss_bytes'] / 1e6:.0f} MB"
-    lines: list[Any] = [line, f"  latency ms: {times}", cold]
+    cold = f"  load {found['load_ms']:.3g} ms, first run {found['first_run_ms']:.3g} ms"
+    memory = f"peak memory {found['peak_rss_bytes'] / 1e6:.0f} MB"
+    lines: list[Any] = [line, f"  latency ms: {times}", f"{cold}, {memory}"]
     if found["ops"]:
         slowest = sorted(found["ops"], key=lambda op: -op["time_ms"])[:25]
         rows = [

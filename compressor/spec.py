@@ -155,8 +155,8 @@ def _block_shapes(b: BlockSpec, c: int) -> dict[str, tuple[int, ...]]:
 class Preprocess:
     """How an image file becomes the network's input; one contract for calibrate, evaluate and run.
 
-    `resize` ``shorter``: the shorter side becomes ``floor(size / crop)``, then a centre crop; ``exact``: both sides are set
-    to `size`, no crop. `mean` and `std` are per channel on the 0..1 scale.
+    `resize` ``shorter``: the shorter side becomes ``floor(size / crop)`` and the shape is kept; ``exact``: both sides become
+    that (timm's "squash"). Then a centre crop to `size`. `mean` and `std` are per channel on the 0..1 scale.
     """
 
     size: tuple[int, int]

@@ -99,7 +99,8 @@ def prune_stage(
 
 
 def _prune(model: Model, images: data.ImageSet, recipe: Recipe, progress: Progress) -> Any:
-    raise NotImplementedError
+    stats = observe(to_torch(model), batches(images, model, progress, "observe"), ObservePlan())
+    return corp.prune(model, stats, CorpConfig.released(recipe.mlp_ratio, recipe.qk_ratio))
 
 
 def quantize_stage(
@@ -122,7 +123,8 @@ def quantize_stage(
 
 def write_quantization(quantization: Quantization, path: Path) -> None:
     """Scales as arrays, the rest as one JSON entry."""
-    arrays, facts = {}, {}
+    arrays: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for kind, table in (("weights", quantization.weights), ("activations", quantization.activations)):
         for name, q in table.items():
             arrays[f"{kind}/{name}"] = np.asarray(q.scale, np.float32)

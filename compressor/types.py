@@ -151,12 +151,12 @@ class QParams:
     @property
     def qmin(self) -> int:
         """Smallest integer of the signed grid, -2^(bits-1)."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest integer of the signed grid, 2^(bits-1) - 1."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True, eq=False)

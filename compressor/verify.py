@@ -88,7 +88,7 @@ def check_parity(reference: Array, candidate: Array, precision: Precision, where
     if proportion_interval(round(result.agreement * result.count), result.count)[1] < AGREEMENT_FLOOR[precision]:
         floor = AGREEMENT_FLOOR[precision]
         raise ParityError(
-            f"{where}: at least {floor:.0%} of the classes must agree with the model, got {result.agreement:.1%} of {result.count}.",
+            f"{where}: at least {floor:.0%} of the classes must be the model's, got {result.agreement:.1%} of {result.count}.",
             hint=hint,
         )
     return result

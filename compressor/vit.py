@@ -78,7 +78,7 @@ class Block(nn.Module):
         return self.proj(tap(f"{name}.proj", o.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.spec.heads, -1)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
+        return x.reshape(*x.shape[:2], self.spec.heads, -1).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
 
     def _mlp(self, x: Tensor, tap: Tap, name: str) -> Tensor:
         y = tap(f"{name}.fc1", self.norm2(x))
@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
             "token_dist": lambda: torch.cat([token, x[:, 1]], dim=1),
             "token_avg": lambda: torch.cat([token, patches], dim=1),
         }[spec.pool]()
-        return self.norm(pooled) if spec.norm_after_pool else pooled  # type: ignore[no-any-return]
+        return self.norm(pooled) if spec.norm_after_pool else pooled
 
 
 def build(spec: VitSpec) -> VisionTransformer:

@@ -8,13 +8,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RUNTIMES = {"onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx_bindings", "onnxruntime_qnn", "rknn", "horizon_tc_ui"}
+RUNTIMES = {
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "tensorrt_rtx_bindings",
+    "onnxruntime_qnn",
+    "rknn",
+    "horizon_tc_ui",
+}
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
 FOUNDATION = {"errors", "spec", "types", "intervals", "device", "linalg", "result", "vit"}
 TOP = {"__main__", "cli", "console", "show"}
 ORCHESTRATION = {
-    *("bundle", "cache", "candidates", "doctor", "duel", "inference", "output", "pipeline", "recipe", "remote", "search"),
+    *(
+        "bundle",
+        "cache",
+        "candidates",
+        "doctor",
+        "duel",
+        "inference",
+        "output",
+        "pipeline",
+        "recipe",
+        "remote",
+        "search",
+    ),
     *("stages", "worker"),
 }
 
@@ -73,7 +94,12 @@ def test_imports_go_one_way():
 
 
 def test_the_rule_sees_a_violation():
-    planted = {"compressor.verify": {"compressor.pipeline"}, "compressor.pipeline": set(), "compressor.lower.qdq": {"compressor.quantize"}, "compressor.quantize": set()}
+    planted = {
+        "compressor.verify": {"compressor.pipeline"},
+        "compressor.pipeline": set(),
+        "compressor.lower.qdq": {"compressor.quantize"},
+        "compressor.quantize": set(),
+    }
     assert len(violations(planted)) == 2
 
 
@@ -87,7 +113,9 @@ def runtime_uses(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in skipped:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            uses += [f"{n} {'inside' if id(node) in nested else 'at the top'}" for n in names if n.split(".")[0] in RUNTIMES]
+            uses += [
+                f"{n} {'inside' if id(node) in nested else 'at the top'}" for n in names if n.split(".")[0] in RUNTIMES
+            ]
     return uses
 
 
@@ -108,7 +136,13 @@ HEAVY = "sorted(m for m in ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'openvino
 
 
 def loaded_by(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", f"import sys\n{code}\nprint({HEAVY})"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint({HEAVY})"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout.strip()
 
 
 def test_importing_compressor_loads_nothing_heavy():
@@ -117,7 +151,17 @@ def test_importing_compressor_loads_nothing_heavy():
     assert "numpy" in loaded_by("import compressor.types")  # the check can see a module
 
 
-@pytest.mark.parametrize("module", ["compressor.bundle", "compressor.worker", "compressor.profile", "compressor.gate", "targets.ort", "calibration.data"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "compressor.bundle",
+        "compressor.worker",
+        "compressor.profile",
+        "compressor.gate",
+        "targets.ort",
+        "calibration.data",
+    ],
+)
 def test_what_the_device_needs_loads_no_torch(module):
     loaded = loaded_by(f"import {module}")
     assert "torch" not in loaded and "onnx_ir" not in loaded and "'onnx'" not in loaded
