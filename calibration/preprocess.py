@@ -38,8 +38,8 @@ def apply(preprocess: Preprocess, image: Image.Image | Array) -> Array:
         DataError: the array is no image, the mode has no defined range, or one side is over 100 times the other.
 
     Source: timm 1.0 ``create_transform`` (resize ``shorter``: floor(size / crop), torchvision's centre-crop rounding)
-    and transformers 5 ``ViTImageProcessorPil`` (resize ``exact``). Deviation: they clip 16-bit images; here those are
-    scaled (see `to_channels`).
+    and transformers 5 ``ViTImageProcessorPil``, ``DeiTImageProcessorPil`` (resize ``exact``). Deviation: they
+    clip 16-bit images; here those are scaled (see `to_channels`).
 
     >>> gray = Preprocess((2, 2), mean=(0.5,), std=(0.5,), channels="L")
     >>> apply(gray, np.array([[0, 255], [255, 0]], np.uint8)).tolist()
@@ -62,9 +62,9 @@ def resized_shape(preprocess: Preprocess, height: int, width: int) -> tuple[int,
     >>> resized_shape(Preprocess((224, 224), crop=0.875), 300, 501)
     (256, 427)
     """
-    if preprocess.resize == "exact":
-        return preprocess.size
     rows, cols = (math.floor(side / preprocess.crop) for side in preprocess.size)
+    if preprocess.resize == "exact":
+        return rows, cols
     if rows == cols:
         longer = int(rows * max(height, width) / min(height, width))
         return (rows, longer) if height <= width else (longer, rows)

@@ -116,7 +116,7 @@ def by_transformers(contract: Preprocess, image: Image.Image) -> np.ndarray:
 
 
 def test_apply_exact_is_transformers():
-    contract = replace(IMAGENET, resize="exact", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+    contract = replace(IMAGENET, crop=1.0, resize="exact", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
     for size in [(224, 224), (196, 252)]:
         for height, width in SIZES:
             image, now = photo(height, width), replace(contract, size=size)
@@ -125,9 +125,21 @@ def test_apply_exact_is_transformers():
 
 
 def test_comparison_with_transformers_can_fail():
-    contract = replace(IMAGENET, resize="exact", mean=(0.5,) * 3, std=(0.5,) * 3)
+    contract = replace(IMAGENET, crop=1.0, resize="exact", mean=(0.5,) * 3, std=(0.5,) * 3)
     image = photo(301, 500)
     assert np.abs(apply(replace(contract, resize="shorter"), image) - by_transformers(contract, image)).max() > 0.1
+
+
+def test_apply_exact_with_crop_is_the_deit_processor_of_transformers():
+    peers.import_transformers()
+    from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+
+    contract = replace(IMAGENET, resize="exact", mean=(0.5,) * 3, std=(0.5,) * 3)  # 224 / 0.875: 256, then the crop
+    for height, width in SIZES:
+        image = photo(height, width)
+        theirs = np.asarray(DeiTImageProcessorPil()(image, return_tensors="np")["pixel_values"][0])
+        np.testing.assert_allclose(apply(contract, image), theirs, atol=1e-6, rtol=0)  # 1/255 as above
+        assert np.abs(apply(replace(contract, crop=1.0), image) - theirs).max() > 0.1
 
 
 # --------------------------------------------------------------------------- the fast path
