@@ -17,7 +17,7 @@ from compressor.errors import DataError
 __all__ = ["DECODE_ERRORS", "SUFFIXES", "about", "read_image"]
 
 # Only formats that Pillow decodes itself: EPS, for one, would start another program.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -63,10 +63,12 @@ def read_image(path: Path) -> Image.Image:
         if not path.is_file():
             found = "a folder or a device" if path.exists() else "none"
             raise DataError(f"must be an image file, found {found}.", hint="Check the path.")
+        Image.init()  # a Pillow built without AVIF, say, must not be asked for it
+        formats = [name for name in FORMATS if name in Image.OPEN]
         try:
             with warnings.catch_warnings(), path.open("rb") as file:
                 warnings.simplefilter("ignore")  # Pillow's remarks on sizes and metadata; sizes are judged here
-                with Image.open(file, formats=FORMATS) as image:
+                with Image.open(file, formats=formats) as image:
                     _limit_size(image)
                     image.load()
                     return to_channels(_upright(image), "L" if is_gray(image) else "RGB")
@@ -76,7 +78,7 @@ def read_image(path: Path) -> Image.Image:
             raise DataError(f"must be readable, got: {error.strerror}.", hint="Check its permissions.") from None
         except UnidentifiedImageError:
             what = "an empty file" if path.stat().st_size == 0 else "something else or a damaged file"
-            raise DataError(f"must be one of {', '.join(FORMATS)}, got {what}.", hint="Remove or replace it.") from None
+            raise DataError(f"must be one of {', '.join(formats)}, got {what}.", hint="Remove or replace it.") from None
         except DECODE_ERRORS as error:
             raise DataError(f"must be an undamaged image, got: {error}.", hint="Remove or replace it.") from None
 

@@ -101,13 +101,15 @@ def to_channels(image: Image.Image, channels: Literal["RGB", "L"]) -> Image.Imag
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    low, high = int(values.min()), int(values.max())
+    stored = np.asarray(image)
+    low, high = int(stored.min()), int(stored.max())
     if low < 0 or high > 65535:
-        raise DataError(
-            f"pixels must lie in 0..65535, got {low}..{high}.", hint="Save the image with 8 or 16 bits per channel."
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(v * 255 / 65535)
+        hint = "Save the image with 8 or 16 bits per channel."
+        raise DataError(f"pixels must lie in 0..65535, got {low}..{high}.", hint=hint)
+    values = stored.astype(np.uint32)
+    values += 128
+    values //= 257  # round(v * 255 / 65535)
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _checked(array: Array) -> Array:

@@ -1,0 +1,651 @@
+"""`calibration.data` on good, odd and hostile images. Files are written by Pillow and NumPy, then damaged by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import tracemalloc
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from calibration import image as image_module
+from calibration.data import ImageSet, batches, match_labels, open_images, read_image, stratified
+from calibration.preprocess import apply
+from compressor.errors import ConfigError, DataError
+from compressor.types import Preprocess
+
+RGB = Preprocess((16, 16))
+GRAY = Preprocess((16, 16), mean=(0.5,), std=(0.5,), channels="L")
+FASHION = Preprocess((28, 28), mean=(0.2858,), std=(0.3529,), channels="L", interpolation="bilinear")
+
+
+@contextmanager
+def memory() -> Iterator[list[float]]:
+    """A list that holds the peak of traced bytes after the block."""
+    peak: list[float] = []
+    tracemalloc.start()
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def picture(seed: int = 0, height: int = 20, width: int = 24, channels: int = 3) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+
+
+def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture(zlib.crc32(path.name.encode()))).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    """Three classes of 4, 2 and 1 images."""
+    for name, count in {"cat": 4, "ant": 2, "dog": 1}.items():
+        for i in range(count):
+            save(tmp_path / "set" / name / f"{name}{i}.png")
+    return tmp_path / "set"
+
+
+def indexed_set(labels: list[int] | None, count: int | None = None) -> ImageSet:
+    n = len(labels) if labels is not None else count
+    items = tuple(np.full((2, 2, 1), i % 256, np.uint8) for i in range(n))
+    return ImageSet("made", tuple(str(i) for i in range(n)), items, None if labels is None else np.array(labels))
+
+
+# --------------------------------------------------------------------------- the embedded sets
+
+
+def test_demo_is_the_embedded_calibration_set():
+    images = open_images("demo")
+    assert len(images) == 500 and images.read(0).shape == (28, 28, 1)
+    assert images.class_names == () and Counter(images.labels.tolist()) == dict.fromkeys(range(10), 50)
+    assert images.names[:2] == ("calibration.npz[0]", "calibration.npz[1]")
+
+
+def test_demo_eval_shares_no_image_with_demo():
+    calibration, evaluation = open_images("demo"), open_images("demo:eval")
+    assert len(evaluation) == 2000
+    assert not set(calibration.content_hashes()) & set(evaluation.content_hashes())
+    assert set(calibration.content_hashes()) & set(calibration.subset([3]).content_hashes())  # an overlap would be seen
+
+
+def test_unknown_demo_is_refused_and_the_nearest_named():
+    with pytest.raises(ConfigError, match=r"data must be one of demo, demo:eval, got 'demo:val'") as caught:
+        open_images("demo:val")
+    assert caught.value.hint == "Did you mean 'demo:eval'?"
+
+
+# --------------------------------------------------------------------------- folders
+
+
+def test_class_folders_are_sorted_labels(class_folder):
+    images = open_images(str(class_folder))
+    assert images.class_names == ("ant", "cat", "dog")
+    assert images.labels.tolist() == [0, 0, 1, 1, 1, 1, 2] and images.labels.dtype == np.int64
+    assert images.names[0] == "ant/ant0.png" and images.names[-1] == "dog/dog0.png"
+    assert images.read(0).size == (24, 20)
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    for name in ("b.png", "a.jpg", "C.PNG", "d.webp"):
+        save(tmp_path / name)
+    images = open_images(str(tmp_path))
+    assert images.labels is None and images.class_names == ()
+    assert images.names == ("C.PNG", "a.jpg", "b.png", "d.webp")
+
+
+def test_nested_class_folders_and_links_are_followed(class_folder):
+    save(class_folder / "cat" / "deep" / "deeper" / "x.png")
+    os.symlink(class_folder / "dog", class_folder / "eel")
+    images = open_images(str(class_folder))
+    assert "cat/deep/deeper/x.png" in images.names and "eel/dog0.png" in images.names
+    assert images.class_names == ("ant", "cat", "dog", "eel")
+
+
+def test_other_files_are_counted_and_left_alone(class_folder):
+    (class_folder / "README.txt").write_text("hello")
+    (class_folder / "ant" / "labels.csv").write_text("x")
+    (class_folder / "ant" / "._ant0.png").write_bytes(b"resource fork")
+    (class_folder / "ant" / "noextension").write_bytes(b"")
+    save(class_folder / ".thumbnails" / "t.png")
+    save(class_folder / "__MACOSX" / "t.png")
+    images = open_images(str(class_folder))
+    assert len(images) == 7 and images.ignored == 4
+    assert images.class_names == ("ant", "cat", "dog")
+
+
+def test_empty_class_folder_stays_a_class(class_folder):
+    (class_folder / "bee").mkdir()
+    images = open_images(str(class_folder))
+    assert images.class_names == ("ant", "bee", "cat", "dog")
+    assert images.labels.tolist() == [0, 0, 2, 2, 2, 2, 3]
+
+
+def test_names_that_are_not_unicode_or_not_ascii_work(tmp_path):
+    save(tmp_path / "кот" / "猫 фото\n.png")
+    raw = os.fsencode(tmp_path / "кот") + b"/\xff\xfe.png"
+    shutil.copy(tmp_path / "кот" / "猫 фото\n.png", raw)
+    images = open_images(str(tmp_path))
+    assert images.class_names == ("кот",) and len(images) == 2
+    json.dumps(images.names).encode(), "".join(images.names).encode("utf-8")  # a lone surrogate would not encode
+    assert next(batches(images, RGB, 2)).shape == (2, 3, 16, 16)
+    Path(os.fsdecode(raw)).write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        list(batches(images, RGB, 2))
+    assert str(caught.value).encode("utf-8") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: None, "must hold at least one image, got none .0 other files"),
+        (lambda d: (d / "notes.txt").write_text("x"), "must hold at least one image, got none .1 other files"),
+        (lambda d: (d / "empty").mkdir(), "must hold at least one image"),
+        (
+            lambda d: (save(d / "a.png"), save(d / "x" / "b.png")),
+            "class folders or images, got 1 images beside 1 folders",
+        ),
+        (lambda d: os.symlink(d / "gone.png", d / "link.png"), "link.png': must be a file, got a broken link"),
+        (lambda d: os.symlink(d / "self.png", d / "self.png"), "self.png': must be a file, got a broken link"),
+        (lambda d: os.mkfifo(d / "pipe.png"), "pipe.png': must be a file, got a broken link or a device"),
+        (lambda d: (save(d / "x" / "a.png"), os.symlink(d, d / "x" / "up")), "x/up': a link must not lead back"),
+        (lambda d: (save(d / "x" / "a.png"), os.symlink(d / "x", d / "x" / "y")), "x/y': a link must not lead back"),
+    ],
+)
+def test_folders_that_make_no_set_are_refused(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        open_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "image.png", "data.npy", ""])
+def test_sources_that_are_neither_folder_nor_npz_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "image.png")
+    np.save(tmp_path / "data.npy", np.zeros(3))
+    found = "nothing there" if name == "nowhere" else ""
+    if name == "":  # the empty path is the current folder, which holds an image
+        assert len(open_images(name)) == 1
+        return
+    with pytest.raises(DataError, match=f"{name}: data must be a folder of images or an .npz file, found {found}"):
+        open_images(name)
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder of our own as a user whom permissions bind."""
+    folder = Path(tempfile.mkdtemp(prefix="vitrim-test-"))
+    folder.chmod(0o755)
+    save(folder / "x" / "a.png")
+    read_image(folder / "x" / "a.png")  # load Pillow's plugins while every file can be read
+    root = os.geteuid() == 0
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        (folder / "x").chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def drop_privileges() -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def test_unreadable_file_is_named(unprivileged):
+    (unprivileged / "x" / "a.png").chmod(0)
+    drop_privileges()
+    images = open_images(str(unprivileged))
+    with pytest.raises(DataError, match=r"x/a.png': must be readable, got: Permission denied"):
+        images.read(0)
+    with pytest.raises(DataError, match=r"x/a.png': must be readable"):
+        images.digest()
+
+
+def test_unreadable_folder_is_named(unprivileged):
+    (unprivileged / "x").chmod(0)
+    drop_privileges()
+    with pytest.raises(DataError, match=r"x': must be readable, got: Permission denied"):
+        open_images(str(unprivileged))
+
+
+# --------------------------------------------------------------------------- single files
+
+
+def file_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG2000"])
+def test_lossless_formats_give_the_pixels_back(tmp_path, kind):
+    image = picture().quantize(64).convert("RGB")  # at most 64 colours: GIF keeps them all
+    options = {"lossless": True} if kind == "WEBP" else {}
+    path = tmp_path / "x.img"
+    path.write_bytes(file_bytes(image, kind, **options))
+    np.testing.assert_array_equal(np.asarray(read_image(path)), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "AVIF"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.95])
+def test_truncated_files_are_named(tmp_path, kind, share):
+    image_module.Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    data = file_bytes(picture(height=64, width=64), kind)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data)
+    assert read_image(path).size == (64, 64)
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match=r"cut.img': must be ") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value) and caught.value.hint
+    if share == 0.0:
+        assert "got an empty file" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000"])
+def test_damaged_bytes_never_raise_anything_else(tmp_path, kind):
+    """Random damage either still decodes or is a DataError that names the file; no other exception, no warning."""
+    rng = np.random.default_rng(7)
+    data = file_bytes(picture(), kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
+    path, refused, read = tmp_path / "bad.img", 0, 0
+    path.write_bytes(data)
+    assert read_image(path).size == (24, 20)
+    for _ in range(60):
+        broken = np.frombuffer(data, np.uint8).copy()
+        reach = len(broken) if rng.random() < 0.5 else min(len(broken), 80)  # half of the time the header
+        broken[rng.integers(0, reach, 6)] = rng.integers(0, 256, 6)
+        path.write_bytes(broken.tobytes())
+        try:
+            read += read_image(path).mode in ("L", "RGB")
+        except DataError as error:
+            assert "bad.img" in str(error)
+            refused += 1
+    assert refused > 0 and refused + read == 60
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello, this is text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>", b"\0" * 5000]
+)
+def test_files_that_are_no_image_are_refused(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"x.png': must be one of JPEG, .* got something else"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("gone.png", "none"), ("folder", "a folder or a device"), ("pipe", "a folder or a device")]
+)
+def test_paths_that_are_no_file_are_refused(tmp_path, name, found):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    with pytest.raises(DataError, match=f"{name}': must be an image file, found {found}"):
+        read_image(tmp_path / name)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = picture(height=16, width=32)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = save(tmp_path / f"{orientation}.png", image, exif=exif)
+        with Image.open(path) as stored:
+            expected = np.asarray(ImageOps.exif_transpose(stored))  # Pillow's own implementation
+            assert orientation == 1 or not np.array_equal(expected, np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
+
+
+def test_senseless_exif_is_no_reason_to_refuse(tmp_path):
+    image = picture(height=16, width=32)
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    np.testing.assert_array_equal(np.asarray(read_image(save(tmp_path / "a.png", image, exif=exif))), np.asarray(image))
+    data = bytearray(file_bytes(image, "JPEG", exif=exif))
+    start = data.index(b"Exif\0\0") + 6
+    data[start : start + 8] = b"\xff" * 8
+    (tmp_path / "b.jpg").write_bytes(data)
+    assert read_image(tmp_path / "b.jpg").size == (32, 16)
+
+
+def test_modes_of_files(tmp_path):
+    """What each kind of file is read as; the pixel rules are tested with `to_channels`."""
+    rgb, gray = picture(), picture(channels=1)
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    cases = {
+        "gray.png": (gray, "L", np.asarray(gray)),
+        "deep.png": (deep, "L", np.asarray(gray)),
+        "deep.tif": (deep, "L", np.asarray(gray)),
+        "bits.png": (gray.convert("1"), "L", np.asarray(gray.convert("1")) * np.uint8(255)),
+        "la.png": (gray.convert("LA"), "L", np.asarray(gray)),
+        "rgba.png": (rgb.convert("RGBA"), "RGB", np.asarray(rgb)),
+        "cmyk.tif": (rgb.convert("CMYK"), "RGB", np.asarray(rgb)),
+        "palette.png": (rgb.quantize(16), "RGB", np.asarray(rgb.quantize(16).convert("RGB"))),
+    }
+    for name, (image, mode, expected) in cases.items():
+        got = read_image(save(tmp_path / name, image))
+        assert got.mode == mode, name
+        np.testing.assert_array_equal(np.asarray(got), expected, err_msg=name)
+        assert apply(RGB, got).shape == (3, 16, 16) and apply(GRAY, got).shape == (1, 16, 16)
+
+
+def test_cmyk_jpeg_and_palette_with_transparency(tmp_path):
+    red = Image.new("RGB", (20, 20), (250, 10, 10))
+    pixels = np.asarray(read_image(save(tmp_path / "a.jpg", red.convert("CMYK"), quality=95)))
+    assert np.abs(pixels.astype(int) - (250, 10, 10)).max() < 12  # JPEG loss; an inverted CMYK would be far off
+    palette = red.quantize(4)
+    palette.info["transparency"] = bytes(
+        [0, 128, 255, 255]
+    )  # Pillow warns when it is converted directly; warnings fail
+    np.testing.assert_array_equal(np.asarray(read_image(save(tmp_path / "b.png", palette))), np.asarray(red))
+
+
+def test_float_tiff_is_refused_by_name(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(DataError, match=r"f.tif': pixels must be integers, got floating point"):
+        read_image(tmp_path / "f.tif")
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    path = save(tmp_path / "a.gif", red, save_all=True, append_images=[blue])
+    assert read_image(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A valid PNG header of that size, with data for one pixel."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("side", "got"), [(10_000, "10000 x 10000"), (60_000, "more than 178956970")])
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, side, got):
+    (tmp_path / "bomb.png").write_bytes(png_claiming(side, side))
+    read_image(save(tmp_path / "warm_up.png"))
+    with memory() as peak, pytest.raises(DataError, match=rf"bomb.png': must have at most 89478485 pixels, got {got}"):
+        read_image(tmp_path / "bomb.png")
+    assert peak[0] < 1e6
+
+
+def test_large_jpeg_is_decoded_at_half_size(tmp_path, monkeypatch):
+    image = Image.linear_gradient("L").resize((400, 300)).convert("RGB")
+    path = save(tmp_path / "large.jpg", image, quality=95)
+    whole = apply(RGB, read_image(path))
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 100_000)
+    half = read_image(path)
+    assert half.size == (200, 150)
+    assert np.abs(apply(RGB, half) - whole).max() < 0.1  # about 5 of 255 levels: the same picture
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 20_000)
+    with pytest.raises(DataError, match=r"large.jpg': must have at most 20000 pixels, got 400 x 300"):
+        read_image(path)
+
+
+# --------------------------------------------------------------------------- npz
+
+
+def test_npz_with_and_without_labels_and_channels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 7, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(5, dtype=np.uint8), other=np.zeros(3))
+    images = open_images(str(tmp_path / "a.npz"))
+    assert images.labels.tolist() == [0, 1, 2, 3, 4] and images.labels.dtype == np.int64
+    np.testing.assert_array_equal(images.read(3), pixels[3])
+    np.savez_compressed(tmp_path / "b.npz", images=pixels[..., 0])
+    images = open_images(str(tmp_path / "b.npz"))
+    assert images.labels is None and images.read(0).shape == (9, 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"images": np.zeros((2, 4, 4, 3), np.float32)},
+            r"must be uint8 \(N, H, W, 1 \| 3 \| 4\), got float32 \(2, 4, 4, 3\)",
+        ),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, r"got uint8 \(2, 3, 8, 8\)"),
+        ({"images": np.zeros((4, 4), np.uint8)}, r"got uint8 \(4, 4\)"),
+        ({"images": np.uint8(3)}, r"got uint8 \(\)"),
+        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, r"must hold at least one image, got shape \(0, 4, 4, 3\)"),
+        ({"images": np.zeros((2, 0, 4, 3), np.uint8)}, r"got shape \(2, 0, 4, 3\)"),
+        ({"pictures": np.zeros((2, 4, 4, 3), np.uint8)}, r"must hold an array 'images', got \['pictures.npy'\]"),
+        ({"images": np.array([object()])}, "without objects"),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)},
+            r"labels must have shape \(2,\), got \(3,\)",
+        ),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros((2, 1), int)},
+            r"labels must have shape \(2,\), got \(2, 1\)",
+        ),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2)},
+            "labels must be integers from 0, got float64",
+        ),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, -1])}, "labels must be integers from 0"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array(["a", "b"])}, "labels must be integers from 0"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([object()] * 2)}, "without objects"),
+    ],
+)
+def test_npz_that_is_not_as_described_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=f"bad.npz'?: .*{message}"):
+        open_images(str(tmp_path / "bad.npz"))
+
+
+def test_npz_with_code_in_it_is_refused_and_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    np.savez(tmp_path / "trap.npz", images=np.array([Trap()], dtype=object))
+    with pytest.raises(DataError, match="without objects"):
+        open_images(str(tmp_path / "trap.npz"))
+    (tmp_path / "raw.npz").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(DataError, match=r"undamaged .npz"):
+        open_images(str(tmp_path / "raw.npz"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_npz_is_refused(tmp_path, share):
+    np.savez(tmp_path / "cut.npz", images=np.zeros((2, 40, 40, 3), np.uint8))
+    data = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match=r"cut.npz'?: must be an undamaged .npz"):
+        open_images(str(tmp_path / "cut.npz"))
+
+
+def test_npz_whose_header_claims_more_than_it_holds_is_refused(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**6, 3)})
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + b"\0" * 64)
+    with pytest.raises(DataError, match=r"claim.npz'?: must be an undamaged .npz"):
+        open_images(str(tmp_path / "claim.npz"))
+
+
+# --------------------------------------------------------------------------- subsets
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=120), st.integers(1, 130), st.integers(0, 3))
+def test_stratified_gives_each_class_its_rounded_share(labels, limit, seed):
+    images = indexed_set(labels)
+    chosen = stratified(images, limit, seed)
+    limit = min(limit, len(labels))
+    assert len(chosen) == limit
+    have, want = Counter(chosen.labels.tolist()), Counter(labels)
+    for label, size in want.items():
+        # Sainte-Lague stays within one place of the exact share for a few classes; two is never reached with six.
+        assert abs(have[label] - limit * size / len(labels)) < 2
+        assert have[label] <= size
+    order = [int(name) for name in chosen.names]
+    assert order == sorted(set(order))  # original order, nothing twice
+
+
+def test_stratified_keeps_balanced_classes_balanced_and_depends_on_the_seed_alone():
+    images = open_images("demo")
+    chosen = open_images("demo", limit=100, seed=1)
+    assert Counter(chosen.labels.tolist()) == dict.fromkeys(range(10), 10)
+    assert chosen.names == open_images("demo", limit=100, seed=1).names
+    assert chosen.names != open_images("demo", limit=100, seed=2).names
+    assert open_images("demo", limit=500).names == open_images("demo", limit=9999).names == images.names
+    assert Counter(open_images("demo", limit=15).labels.tolist()).keys() == set(range(10))
+    first = Counter(images.labels[:100].tolist())
+    assert set(first.values()) != {10}  # the first 100 would not be balanced
+
+
+def test_stratified_without_labels_is_a_plain_choice():
+    images = indexed_set(None, count=50)
+    chosen = stratified(images, 10, 0)
+    assert len(chosen) == 10 and chosen.labels is None
+    assert chosen.names != images.names[:10]
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_limit_below_one_is_refused(limit):
+    with pytest.raises(ConfigError, match=f"must be at least 1, got {limit}"):
+        open_images("demo", limit=limit)
+
+
+def test_subset_keeps_order_labels_and_source(class_folder):
+    images = open_images(str(class_folder))
+    part = images.subset(np.array([6, 0]))
+    assert part.names == ("dog/dog0.png", "ant/ant0.png") and part.labels.tolist() == [2, 0]
+    assert part.class_names == images.class_names and part.source == images.source
+    with pytest.raises(DataError, match="at least one image"):
+        images.subset([])
+
+
+# --------------------------------------------------------------------------- digests and batches
+
+
+def test_digest_names_content_and_order(class_folder):
+    images = open_images(str(class_folder))
+    before = images.digest()
+    assert before == open_images(str(class_folder)).digest()
+    assert before != images.subset([1, 0, 2, 3, 4, 5, 6]).digest()
+    assert len(set(images.content_hashes())) == 7
+    shutil.move(class_folder / "ant" / "ant0.png", class_folder / "ant" / "ant00.png")
+    assert open_images(str(class_folder)).digest() == before  # a name is not content
+    save(class_folder / "ant" / "ant1.png", picture(999))
+    assert open_images(str(class_folder)).digest() != before
+
+
+def test_array_hash_tells_shapes_apart():
+    flat = ImageSet("a", ("0", "1"), (np.zeros((2, 8, 1), np.uint8), np.zeros((8, 2, 1), np.uint8)))
+    assert flat.content_hashes()[0] != flat.content_hashes()[1]
+
+
+def test_batches_are_the_images_in_order(class_folder):
+    images, seen = open_images(str(class_folder)), []
+    got = list(batches(images, RGB, 3, lambda done, total: seen.append((done, total))))
+    assert [b.shape for b in got] == [(3, 3, 16, 16), (3, 3, 16, 16), (1, 3, 16, 16)] and got[0].dtype == np.float32
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    np.testing.assert_array_equal(np.concatenate(got), np.stack([apply(RGB, images.read(i)) for i in range(7)]))
+
+
+def test_batches_hold_one_batch_at_a_time():
+    images = ImageSet("many", tuple(map(str, range(400))), (np.zeros((64, 64, 3), np.uint8),) * 400)
+    contract = Preprocess((64, 64))
+    one_batch = 4 * 3 * 64 * 64 * 4
+    with memory() as peak:
+        count = sum(len(b) for b in batches(images, contract, 4))
+    assert count == 400
+    assert peak[0] < 6 * one_batch  # two batches, their parts and small change; all 400 images are 100 batches
+
+
+def test_batches_name_the_image_that_cannot_be_used(class_folder):
+    (class_folder / "cat" / "cat2.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"cat2.png': must be one of"):
+        list(batches(open_images(str(class_folder)), RGB, 2))
+    save(class_folder / "cat" / "cat2.png", Image.new("RGB", (1, 500)))
+    with pytest.raises(DataError, match=r"'cat/cat2.png': the longer side must be at most 100 times"):
+        list(batches(open_images(str(class_folder)), RGB, 2))
+
+
+def test_batch_size_below_one_is_refused():
+    with pytest.raises(ConfigError, match="batch size must be at least 1, got 0"):
+        next(batches(open_images("demo"), FASHION, 0))
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def folder_set(*classes: str) -> ImageSet:
+    n = len(classes)
+    return ImageSet("set", tuple(map(str, range(n))), (np.zeros((2, 2, 1), np.uint8),) * n, np.arange(n), classes)
+
+
+LABELS = ("T-shirt/top", "Trouser", "Ankle boot")
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels", "expected"),
+    [
+        (("Ankle boot", "T-shirt_top", "Trouser"), LABELS, [2, 0, 1]),  # by name, another order
+        (("ankle-boot", "trouser"), LABELS, [2, 1]),  # by name, not all
+        (("a", "b", "c"), LABELS, [0, 1, 2]),  # by sorted position
+        (("0", "1", "10", "2"), tuple("abcdefghijk"), [0, 1, 10, 2]),  # numbers are indices, not positions
+        (("02", "00"), LABELS, [2, 0]),
+        (("1", "0"), ("0", "1"), [1, 0]),  # a class may be called by a number
+        (("n01440764", "n01443537", "n01484850"), LABELS, [0, 1, 2]),
+        (("crane", "bird"), ("crane", "crane"), [0, 1]),  # an ambiguous name is none: by position
+    ],
+)
+def test_match_labels(folders, labels, expected):
+    assert match_labels(folder_set(*folders), labels).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels", "message", "hint"),
+    [
+        (("a", "b"), LABELS, "must have 3 class folders like the model, got 2", "Name the folders"),
+        (("Trouser", "Ankle bot", "x"), LABELS, "class folder 'Ankle bot' must be named", "Did you mean 'Ankle boot'"),
+        (("Trouser", "junk"), LABELS, "class folder 'junk' must be named like a class", "move it away"),
+        (("1", "2", "3"), LABELS, "indices must be below the model's 3 classes, got 3", "count from 0"),
+    ],
+)
+def test_match_labels_refuses_what_cannot_be_the_models(folders, labels, message, hint):
+    with pytest.raises(DataError, match=message) as caught:
+        match_labels(folder_set(*folders), labels)
+    assert hint in caught.value.hint
+
+
+def test_match_labels_of_arrays_and_models_without_names():
+    assert match_labels(indexed_set([2, 0]), LABELS).tolist() == [2, 0]
+    assert match_labels(indexed_set([2, 0]), (), 3).tolist() == [2, 0]
+    with pytest.raises(DataError, match="made: class indices must be below the model's 2 classes, got 2"):
+        match_labels(indexed_set([2, 0]), (), 2)
+    with pytest.raises(DataError, match="must have labels to measure accuracy"):
+        match_labels(indexed_set(None, count=3), LABELS)
+    with pytest.raises(DataError, match="got a feature extractor"):
+        match_labels(indexed_set([0]), ())
