@@ -40,7 +40,7 @@ class MomentSum:
     def add(self, rows: Tensor) -> None:
         """Take one batch of rows (..., n, D)."""
         self._count += rows.shape[-2]
-        self._sum += rows.sum(-2, dtype=torch.float64)
+        self._sum += rows.sum(-2)  # float32 within a batch, like its products
         self._gram.add(rows)
 
     def result(self, site: str) -> Moments:

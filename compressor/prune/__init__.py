@@ -1,4 +1,4 @@
-"""One-shot structured pruning: calibration images in, a smaller model and a report per block out; no labels, no gradients.
+"""One-shot structured pruning: calibration images in, a smaller model and a report per block out. No labels needed.
 
 Layering: a pruner sees the model and a way to pass over preprocessed images again. Collecting statistics belongs to
 `calibration`, a sibling, so its `observe` is handed in.

@@ -258,7 +258,7 @@ def test_prune_runs_passes_and_measures() -> None:
 
 
 def test_configure_refuses_what_corp_leaves_alone() -> None:
-    with pytest.raises(ConfigError, match="pruner must be one of .* got 'crop'"):
+    with pytest.raises(ConfigError, match=r"pruner must be one of .* got 'crop'"):
         configure("crop", {})
-    with pytest.raises(ConfigError, match="pruner 'corp' must not be given vo_ratio, got 0.5"):
+    with pytest.raises(ConfigError, match=r"pruner 'corp' must not be given vo_ratio, got 0\.5"):
         configure("corp", {"vo_ratio": 0.5})

@@ -1,0 +1,108 @@
+"""Cost of the stages on a DeiT-Base shape: statistics beside the plain forward pass, memory, lowering, `vitrim --help`.
+
+    python bench/compress.py [--images 256] [--batch 16] [--threads 2]
+
+Weights and images are random: this measures time and memory, never accuracy. The two passes are interleaved batch by
+batch, so a slow moment of the machine hits both; their ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from calibration.observe import ObservePlan, observe
+from compressor.types import Array, BlockSpec, Capabilities, Model, Preprocess, VitSpec
+from compressor.vit import VisionTransformer, to_torch
+
+DEIT_BASE = VitSpec((224, 224), (16, 16), 3, 768, (BlockSpec(12, 64, 64, 3072),) * 12)
+
+
+def random_model(spec: VitSpec) -> Model:
+    rng = np.random.default_rng(0)
+    weights = {n: (0.02 * rng.standard_normal(s)).astype(np.float32) for n, s in spec.shapes().items()}
+    for name, weight in weights.items():
+        if "norm" in name and name.endswith("weight"):
+            weight[:] = 1.0
+    return Model(spec, weights, Preprocess(spec.image_size))
+
+
+class Interleaved:
+    """Feeds `observe`, timing it from outside, and runs the plain forward pass on the same batch in between."""
+
+    def __init__(self, module: VisionTransformer, images: int, batch: int) -> None:
+        self.module, self.images, self.batch = module, images, batch
+        self.plain_s, self.other_s = 0.0, 0.0
+
+    def __iter__(self) -> Iterator[Array]:
+        rng = np.random.default_rng(1)
+        for start in range(0, self.images, self.batch):
+            size = min(self.batch, self.images - start)
+            started = time.perf_counter()
+            pixels = rng.standard_normal((size, 3, 224, 224), dtype=np.float32)
+            drawn = time.perf_counter()
+            with torch.inference_mode():
+                self.module(torch.from_numpy(pixels))
+            self.plain_s += time.perf_counter() - drawn
+            self.other_s += time.perf_counter() - started
+            yield pixels
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def time_statistics(module: VisionTransformer, images: int, batch: int) -> None:
+    with torch.inference_mode():
+        module(torch.zeros(batch, 3, 224, 224))  # warm-up
+    feed = Interleaved(module, images, batch)
+    started = time.perf_counter()
+    observe(module, feed, ObservePlan())
+    made_s = time.perf_counter() - started - feed.other_s
+    print(f"plain forward pass     {feed.plain_s:8.2f} s   {images} images, batch {batch}")
+    print(f"statistics pass        {made_s:8.2f} s   ratio {made_s / feed.plain_s:.2f} (goal 1.50)")
+    print(f"peak memory            {peak_gb():8.2f} GB  (goal 3.00)")
+
+
+def time_lowering(model: Model) -> None:
+    from compressor.lower import lower
+
+    started = time.perf_counter()
+    lower(model, Capabilities("tokens", 17, (), gelu="erf"))
+    print(f"lowering               {time.perf_counter() - started:8.2f} s   (goal 1.00)")
+
+
+def time_help() -> None:
+    command = [str(Path(sys.executable).with_name("vitrim")), "--help"]
+    samples = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        samples.append(time.perf_counter() - started)
+    print(f"vitrim --help          {min(samples):8.2f} s   best of 5 (goal 0.30)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = random_model(DEIT_BASE)
+    print(f"DeiT-Base shape, random weights, {options.threads} threads, torch {torch.__version__}")
+    time_statistics(to_torch(model), options.images, options.batch)
+    time_lowering(model)
+    time_help()
+
+
+if __name__ == "__main__":
+    main()
