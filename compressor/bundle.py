@@ -169,6 +169,29 @@ def _unzip(archive: Path, folder: Path) -> Path:
     return folder
 
 
+def _checked(source: Path, path: str | Path) -> Manifest:
+    """The manifest of the bundle unpacked at `source`, every file it lists checked; `path` is what errors name."""
+    if not source.is_dir():
+        raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
+    manifest = _read_manifest(source)
+    for name, entry in manifest.files.items():
+        file = _inside(source, name)
+        if not file.is_file():
+            raise BundleError(f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again.")
+        if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
+            raise BundleError(
+                f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.",
+                hint="Copy the bundle again.",
+            )
+    for target in manifest.targets.values():
+        for name in (target.path, *target.files):
+            if name not in manifest.files:
+                raise BundleError(
+                    f"{path}: target file {name!r} must be listed in files.", hint="Make the bundle again."
+                )
+    return manifest
+
+
 class Bundle:
     """An opened bundle. Use `Bundle.open`; then `predict`, `session` or `check`."""
 
@@ -183,33 +206,15 @@ class Bundle:
         Raises:
             BundleError: missing, damaged, tampered with, or reaching outside itself.
         """
-        source, keep = Path(path), None
+        source = Path(path)
         if source.is_file():
             keep = tempfile.TemporaryDirectory(prefix="vitrim-")
-            source = _unzip(source, Path(keep.name))
-        if not source.is_dir():
-            raise BundleError(
-                f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path."
-            )
-        manifest = _read_manifest(source)
-        for name, entry in manifest.files.items():
-            file = _inside(source, name)
-            if not file.is_file():
-                raise BundleError(
-                    f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again."
-                )
-            if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
-                raise BundleError(
-                    f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.",
-                    hint="Copy the bundle again.",
-                )
-        for target in manifest.targets.values():
-            for name in (target.path, *target.files):
-                if name not in manifest.files:
-                    raise BundleError(
-                        f"{path}: target file {name!r} must be listed in files.", hint="Make the bundle again."
-                    )
-        return cls(source, manifest, keep)
+            try:
+                return cls(Path(keep.name), _checked(_unzip(source, Path(keep.name)), path), keep)
+            except BaseException:
+                keep.cleanup()
+                raise
+        return cls(source, _checked(source, path))
 
     @cached_property
     def preprocess(self) -> Preprocess:

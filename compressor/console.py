@@ -134,13 +134,11 @@ def _stop(signum: int, frame: object) -> None:
 
 def main(app: typer.Typer) -> int:
     """Run `app` on ``sys.argv``; every failure becomes one sentence and an exit code, a traceback only with -v."""
-    import click
-
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return int(app(standalone_mode=False) or 0)
-    except click.exceptions.Exit as done:
+        return int(app(prog_name="vitrim", standalone_mode=False) or 0)
+    except typer.Exit as done:
         return done.exit_code
     except BaseException as error:  # noqa: BLE001 - the last line of defence: even our bug is one sentence
         code, failure = _explain(error)
@@ -152,15 +150,13 @@ def main(app: typer.Typer) -> int:
 
 def _explain(error: BaseException) -> tuple[int, tuple[str, str, str]]:
     """Exit code, and (code, message, hint) of a failure."""
-    import click
-
     if isinstance(error, VitrimError):
         return error.exit_code, (error.code, str(error), error.hint)
-    if isinstance(error, click.ClickException):
-        context = error.ctx if isinstance(error, click.UsageError) else None
-        where = context.command_path if context else "vitrim"
-        return 2, ("UsageError", error.format_message(), f"See `{where} --help`.")
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    describe = getattr(error, "format_message", None)  # click's usage errors; recent typer brings its own copy of click
+    if describe is not None:
+        context = getattr(error, "ctx", None)
+        return 2, ("UsageError", describe(), f"See `{context.command_path if context else 'vitrim'} --help`.")
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
         hint = "Run it again: finished stages are reused."
         return INTERRUPTED, ("Interrupted", "Interrupted; nothing was written.", hint)
     if isinstance(error, ModuleNotFoundError) and error.name in COMPRESS_PACKAGES:

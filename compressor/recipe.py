@@ -52,6 +52,10 @@ class Recipe:
         for name, known in (("pruner", ("corp", "obs")), ("precision", PRECISIONS), ("quantizer", ("vitrim", "nncf"))):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
+        if self.pruner == "corp" and self.vo_ratio > 0:
+            raise ConfigError(
+                "vo_ratio must be 0 with pruner 'corp', which leaves values alone.", hint="Use --pruner obs."
+            )
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")
 

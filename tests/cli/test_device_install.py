@@ -57,7 +57,10 @@ def test_the_bundle_runs_verifies_and_profiles(device, bundle, image, tmp_path):
 
 
 def test_three_lines_of_python(device, bundle, image, tmp_path):
-    code = f"from compressor.bundle import Bundle\nb = Bundle.open({str(bundle)!r})\nprint(b.top({str(image[0])!r}, 1)[0][0])\nimport sys; assert 'torch' not in sys.modules"
+    code = (
+        f"from compressor.bundle import Bundle; b = Bundle.open({str(bundle)!r}); "
+        f"print(b.top({str(image[0])!r}, 1)[0][0]); import sys; assert 'torch' not in sys.modules"
+    )
     done = on_device(device, "-c", code, cwd=tmp_path)
     labels = json.loads((bundle / "manifest.json").read_text())["labels"]
     assert done.returncode == 0 and done.stdout.strip() == labels[image[1]], done.stderr
