@@ -161,7 +161,7 @@ COMPRESS = {
     "evaluation on calibration images": (lambda t: ["demo", "--eval", overlap(t)], "calibration", 2),
     "ratio of one": (lambda t: ["demo", "--mlp-ratio", 1.0], "mlp_ratio", 2),
     "negative ratio": (lambda t: ["demo", "--qk-ratio", -0.1], "qk_ratio", 2),
-    "ratio is not a number": (lambda t: ["demo", "--mlp-ratio", "half"], "half", 2),
+    "ratio is not a number": (lambda t: ["demo", "--mlp-ratio", "half"], "mlp-ratio", 2),
     "unknown target": (lambda t: ["demo", "--target", "openvin"], "openvino", 2),
     "target twice": (lambda t: ["demo", "--target", "ort", "--target", "ort"], "once", 2),
     "unknown precision": (lambda t: ["demo", "--precision", "int8"], "w8a8", 2),
