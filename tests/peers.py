@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-__all__ = ["import_timm", "import_transformers"]
+__all__ = ["import_timm", "import_torchvision", "import_transformers"]
 
 SHIMS = []  # torch unregisters the operators when the library object goes away
 
@@ -30,10 +30,18 @@ def _repair_torchvision() -> None:
 def import_timm() -> ModuleType:
     """timm, or the test is skipped."""
     _repair_torchvision()
-    return pytest.importorskip("timm")
+    return pytest.importorskip("timm", reason="timm, a peer the tests compare with, is not installed")
 
 
 def import_transformers() -> ModuleType:
     """transformers, or the test is skipped."""
     _repair_torchvision()
-    return pytest.importorskip("transformers")
+    return pytest.importorskip("transformers", reason="transformers, a peer the tests compare with, is not installed")
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision's models, or the test is skipped."""
+    _repair_torchvision()
+    return pytest.importorskip(
+        "torchvision.models", reason="torchvision, a peer the tests compare with, is not installed"
+    )

@@ -189,7 +189,8 @@ def _layer_scaled(slots: Slots, slot: str, linear: Linear) -> Linear:
     if not slots.has("blocks.#." + slot.rpartition(".")[2]):
         return linear
     gamma = slots.take(slot, linear[1].shape).astype(np.float64)
-    return (gamma[:, None] * linear[0]).astype(np.float32), (gamma * linear[1]).astype(np.float32)
+    with np.errstate(over="ignore"):  # the model refuses what is not finite
+        return (gamma[:, None] * linear[0]).astype(np.float32), (gamma * linear[1]).astype(np.float32)
 
 
 def _scaled(array: Array, factor: float) -> Array:

@@ -49,7 +49,7 @@ class Slots:
         for name in tensors.shapes:
             slot = self._slot(name.removeprefix(prefix), patterns)
             if slot is None:
-                raise self.unsupported(name)
+                raise _unsupported(name, tensors.where)
             if slot in self._names and slot != "ignored":
                 raise CheckpointError(
                     f"{tensors.where}: tensors {self._names[slot]!r} and {name!r} must not both be there."
@@ -63,13 +63,6 @@ class Slots:
                 raise CheckpointError(f"{tensors.where}: block {i} is missing, though block {max(numbers)} is there.")
         if not numbers:
             raise CheckpointError(f"{tensors.where}: the file must hold at least one transformer block, got none.")
-
-    def unsupported(self, name: str) -> UnsupportedModel:
-        """The error for a tensor of a network that is not a plain Vision Transformer."""
-        return UnsupportedModel(
-            f"{self.tensors.where}: tensor {name!r} is not part of a plain Vision Transformer.",
-            hint="Supported: ViT, DeiT, DeiT-III, DINOv2 (also with registers) of timm, transformers and torchvision.",
-        )
 
     def has(self, slot: str) -> bool:
         """Whether the file has this slot; with ``#``, in any block."""
@@ -108,7 +101,10 @@ class Slots:
         """
         for slot, name in self._names.items():
             if slot in self._unread:
-                raise self.unsupported(name)
+                raise UnsupportedModel(
+                    f"{self.tensors.where}: tensor {name!r} is not used by the model that its config or arch describes.",
+                    hint="Check that the weights and the architecture belong together.",
+                )
 
     def _name(self, slot: str) -> str:
         if slot in self._names:
@@ -133,6 +129,13 @@ class Slots:
                 groups = found.groupdict()
                 return slot.replace("#", groups.get("block") or "#").replace("*", groups.get("part") or "*")
         return None
+
+
+def _unsupported(name: str, where: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{where}: tensor {name!r} is not part of a plain Vision Transformer.",
+        hint="Supported: ViT, DeiT, DeiT-III, DINOv2 (also with registers) of timm, transformers and torchvision.",
+    )
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ FIXED_ARGS: Mapping[str, Any] = {
 class Args(BaseModel):
     """Constructor arguments (``model_args``); those without a field do not matter at inference or show in the tensors."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     img_size: int | Size | None = None
     in_chans: int | None = None
@@ -84,6 +85,8 @@ class Args(BaseModel):
 
 class PretrainedCfg(BaseModel):
     """``pretrained_cfg``: how the weights' authors prepared images."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     input_size: tuple[int, int, int] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
@@ -134,21 +137,27 @@ def download(name: str, image_size: Size | None = None) -> Model:
     """The pretrained model that timm knows as `name`.
 
     Raises:
-        ConfigError: timm is not installed.
-        CheckpointError: timm could not make or fetch it.
+        ConfigError: timm is not installed, or the name is none of the plain Vision Transformers.
+        CheckpointError: timm has no weights for it or could not fetch them.
     """
+    find(name.split(".", maxsplit=1)[0], ARCHITECTURES)
     try:
         import timm
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"timm:{name} needs timm, got: {error}.", hint="pip install timm") from None
+    logger = logging.getLogger("huggingface_hub")  # announces every retry
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # noqa: BLE001 - a download fails in as many ways as there are networks
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        hint = "Without a network, fetch the checkpoint elsewhere and give its folder."
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise CheckpointError(
-            f"timm:{name}: the weights must be known to timm and in reach, got: {reason}", hint=hint
+            f"timm:{name}: timm must have its weights and reach them, got: {reason}.",
+            hint="Without a network, fetch the checkpoint elsewhere and give its folder.",
         ) from None
+    finally:
+        logger.setLevel(level)
     pretrained = model.pretrained_cfg
     pretrained = pretrained if isinstance(pretrained, dict) else pretrained.to_dict()
     tensors = from_state_dict(model.state_dict(), f"timm:{name}")
@@ -225,7 +234,7 @@ def _labels(names: list[str] | dict[str, str] | None) -> tuple[str, ...]:
 
 
 def _preprocess(cfg: PretrainedCfg, architecture: Architecture, spec: VitSpec) -> Preprocess:
-    resize = architecture.resize
+    mode, resize = channels(spec.in_chans), architecture.resize
     if cfg.crop_mode is not None:
         resize = "exact" if cfg.crop_mode == "squash" else "shorter"
     return Preprocess(
@@ -234,6 +243,6 @@ def _preprocess(cfg: PretrainedCfg, architecture: Architecture, spec: VitSpec) -
         interpolation=cfg.interpolation or architecture.interpolation,
         mean=per_channel(cfg.mean or architecture.pixels[0], spec.in_chans, "config.json: pretrained_cfg.mean"),
         std=per_channel(cfg.std or architecture.pixels[1], spec.in_chans, "config.json: pretrained_cfg.std"),
-        channels=channels(spec.in_chans),
+        channels=mode,
         resize=resize,
     )

@@ -49,12 +49,13 @@ def read(tensors: Tensors, name: str, image_size: Size | None = None) -> Model:
     slots = Slots(tensors, TABLE)
     architecture = find(name, ARCHITECTURES)
     spec, weights = assemble(slots, Facts(heads=architecture.heads, resampling="corners"), image_size)
+    mode = channels(spec.in_chans)
     preprocess = Preprocess(
         size=spec.image_size,
         crop=architecture.crop,
         interpolation=architecture.interpolation,
         mean=per_channel(architecture.pixels[0], spec.in_chans, f"{name}: mean"),
         std=per_channel(architecture.pixels[1], spec.in_chans, f"{name}: std"),
-        channels=channels(spec.in_chans),
+        channels=mode,
     )
     return Model(spec, weights, preprocess, origin=Origin("torchvision", name, tensors.sha256, tensors.params))

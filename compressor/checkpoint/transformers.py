@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.checkpoint.architectures import HALF, IMAGENET, Pixels
 from compressor.checkpoint.assemble import Facts, Size, assemble
@@ -88,6 +88,8 @@ FAMILIES: Mapping[str, Family] = {
 class Config(BaseModel):
     """The keys of ``config.json`` that matter here."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     model_type: str
     num_attention_heads: int = Field(gt=0)
     num_hidden_layers: int | None = None
@@ -102,6 +104,8 @@ class Config(BaseModel):
 
 class Processor(BaseModel):
     """The keys of ``preprocessor_config.json`` that matter here; None: the family's default."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     do_resize: bool = True
     size: int | dict[str, int] | None = None
@@ -237,13 +241,13 @@ def _preprocess(images: Images, spec: VitSpec) -> Preprocess:
         raise CheckpointError(
             f"preprocessor_config.json: crop_size must have the proportions of size, got {images.crop} and {images.resized}."
         )
-    where = "preprocessor_config.json: image_"
+    mode, where = channels(spec.in_chans), "preprocessor_config.json: image_"
     return Preprocess(
         size=spec.image_size,
         crop=min(ratios),
         interpolation=RESAMPLE[images.resample],
         mean=per_channel(images.mean, spec.in_chans, where + "mean"),
         std=per_channel(images.std, spec.in_chans, where + "std"),
-        channels=channels(spec.in_chans),
+        channels=mode,
         resize="exact" if images.exact else "shorter",
     )

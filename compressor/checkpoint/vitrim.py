@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.checkpoint.assemble import Size
 from compressor.checkpoint.documents import parse
+from compressor.checkpoint.images import channels
 from compressor.checkpoint.positions import resample
 from compressor.checkpoint.tensors import Tensors
 from compressor.errors import CheckpointError, ConfigError
@@ -26,7 +27,7 @@ FORMAT = "vitrim"
 class Document(BaseModel):
     """``config.json``; every key is needed, and no other is allowed."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: Literal["vitrim"]
     version: Literal[1]
@@ -78,8 +79,13 @@ def read(tensors: Tensors, config: Mapping[str, Any], image_size: Size | None = 
             raise CheckpointError(
                 f"{tensors.where}: tensor {name!r} must have shape {shape}, got {tensors.shapes[name]}."
             )
+    spec, images = document.spec, document.preprocess
+    if (images.size, images.channels) != (spec.image_size, channels(spec.in_chans)):
+        raise CheckpointError(
+            f"config.json: preprocess must give {spec.image_size} x {spec.in_chans}, got {images.size} {images.channels}."
+        )
     origin = Origin(FORMAT, document.name, tensors.sha256, document.params)
-    model = Model(document.spec, {n: tensors.read(n) for n in shapes}, document.preprocess, document.labels, origin)
+    model = Model(spec, {n: tensors.read(n) for n in shapes}, images, document.labels, origin)
     return model if image_size is None else _resized(model, image_size)
 
 
