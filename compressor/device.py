@@ -18,7 +18,16 @@ from typing import Any
 
 import compressor
 
-__all__ = ["Counters", "conditions", "fingerprint", "identity", "peak_rss_bytes", "pinned", "read_counters"]
+__all__ = [
+    "Counters",
+    "QueueClock",
+    "conditions",
+    "fingerprint",
+    "identity",
+    "peak_rss_bytes",
+    "pinned",
+    "read_counters",
+]
 
 ROOT = Path("/")
 # CPU features that decide which kernels a runtime picks; the full flag list only adds noise to a report.
@@ -113,6 +122,35 @@ def pinned(cpus: int) -> Iterator[None]:
 # --------------------------------------------------------------------------- during a run
 
 
+class QueueClock:
+    """Nanoseconds this thread has spent ready to run while no CPU was given to it; 0 for ever where not readable.
+
+    This is what other processes' load adds to a latency on a shared machine, in steps of the scheduler's time slice.
+    Linux counts it exactly (second field of schedstat); time taken by a hypervisor is not in it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._file: int | None = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:  # Not Linux, or not told: then nothing is subtracted
+            self._file = None
+
+    def __call__(self) -> int:
+        """The counter now; about 2 us."""
+        return 0 if self._file is None else int(os.pread(self._file, 64, 0).split()[1])
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            os.close(self._file)
+
+    def __enter__(self) -> QueueClock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class Counters:
     """Cumulative counters of machine and process; the difference of two says what happened in between."""
@@ -120,6 +158,7 @@ class Counters:
     ticks: tuple[int, ...] = ()  # /proc/stat cpu line: user nice system idle iowait irq softirq steal
     own_ticks: int = 0  # user + system of this process and the children it waited for
     involuntary: int = 0  # times this process was taken off a CPU
+    waited_ns: int = 0  # time this thread was ready to run but had no CPU
     throttled_us: int | None = None  # container CPU quota
     energy_uj: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # package -> (counter, wrap-around)
     frequency_mhz: float | None = None
@@ -134,6 +173,7 @@ def read_counters(*, root: Path = ROOT) -> Counters:
         ticks=tuple(int(value) for value in fields),
         own_ticks=sum(int(value) for value in stat[11:15]),  # utime stime cutime cstime, counted after the command name
         involuntary=_number(_field(root / "proc/self/status", "nonvoluntary_ctxt_switches")) or 0,
+        waited_ns=int((_text(root / "proc/thread-self/schedstat") or "0 0").split()[1]),
         throttled_us=_number(_field(root / "sys/fs/cgroup/cpu.stat", "throttled_usec")),
         energy_uj=_energy(root),
         frequency_mhz=_frequency(root),
@@ -151,10 +191,14 @@ def conditions(before: Counters, after: Counters, *, runs: int) -> dict[str, Any
 
     Returns:
         ``steal_share`` (time taken by the hypervisor) and ``others_share`` (time taken by other processes), both as a
-        share of all CPU time; ``involuntary_switches``, ``throttled_ms``, ``energy_mj_per_run`` (whole package, others'
-        work included), ``frequency_mhz`` and ``temperature_c`` as [before, after].
+        share of all CPU time; ``involuntary_switches``, ``waited_ms`` (ready, but without a CPU), ``throttled_ms``,
+        ``energy_mj_per_run`` (whole package, others' work included), ``frequency_mhz`` and ``temperature_c`` as
+        [before, after].
     """
-    found: dict[str, Any] = {"involuntary_switches": after.involuntary - before.involuntary}
+    found: dict[str, Any] = {
+        "involuntary_switches": after.involuntary - before.involuntary,
+        "waited_ms": (after.waited_ns - before.waited_ns) / 1e6,
+    }
     ticks = [b - a for a, b in zip(before.ticks, after.ticks, strict=True)]
     if (total := sum(ticks)) > 0:
         busy = total - ticks[3] - ticks[4] - ticks[7]

@@ -7,37 +7,36 @@ through `interleave`, which alternates them so that whatever slows the machine s
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from compressor.device import conditions, fingerprint, peak_rss_bytes, read_counters
-from compressor.errors import ConfigError, DataError
-from compressor.intervals import Ratio, paired_ratio, quantile_interval
-from compressor.types import Array, OpRecord, Profile, Session
+from compressor.device import QueueClock, conditions, fingerprint, peak_rss_bytes, pinned, read_counters
+from compressor.errors import ConfigError
+from compressor.intervals import Ratio, paired_ratio
+from compressor.types import Array, Profile, Session
 
 __all__ = [
+    "Prepared",
     "ProfileConfig",
     "Stopwatch",
     "faster",
-    "from_json",
     "interleave",
-    "pinned",
+    "measure",
+    "prepare",
     "profile",
     "sample",
+    "sample_undisturbed",
     "throughput",
-    "to_json",
+    "timer",
 ]
 
 WINDOW = 5  # inferences per window of the warm-up test
 YARDSTICK_RUNS = 50
-PERCENTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 Inputs = Mapping[str, Array]
 
 
@@ -78,6 +77,16 @@ class ProfileConfig:
             )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A warm session and what its cold start took."""
+
+    session: Session
+    load_ms: float
+    first_run_ms: float
+    warmup: int  # inferences made, the first one included
+
+
 class Stopwatch:
     """Wall seconds by name, for ``timings_s``; entering a name again adds to it.
 
@@ -104,9 +113,8 @@ def profile(opener: Callable[[], Session], inputs: Inputs, config: ProfileConfig
     """Latency distribution of the session that `opener` opens, cold start included.
 
     Args:
-        opener: opens the session; timed as ``load_ms``. Call in a fresh process for a load time and a peak memory that
-        are the
-            session's own (`compressor.worker`).
+        opener: opens the session; timed as ``load_ms``. For a load time and a peak memory that are the session's own,
+            call in a fresh process: `compressor.duel.profile_fresh`.
         inputs: what every inference gets, (B, ...) arrays by input name; random values are fine for latency.
         config: how to measure.
 
@@ -114,23 +122,33 @@ def profile(opener: Callable[[], Session], inputs: Inputs, config: ProfileConfig
         The samples with warm-up count, first inference, peak memory of this process, device and what it did meanwhile.
     """
     with pinned(config.threads):
-        start = time.perf_counter_ns()
-        session = opener()
-        loaded = time.perf_counter_ns()
-        first_ns = _time_once(session, inputs)
-        warmup = _warm_up(session, inputs, config)
-        yardstick = _yardstick()
-        before = read_counters()
-        samples = sample(session, inputs, runs=config.runs, min_runs=config.min_runs, budget_s=config.budget_s)
-        during = conditions(before, read_counters(), runs=len(samples))
+        return measure(prepare(opener, inputs, config), inputs, config)
+
+
+def prepare(opener: Callable[[], Session], inputs: Inputs, config: ProfileConfig) -> Prepared:
+    """The session that `opener` opens, run until warm, with what its cold start took."""
+    start = time.perf_counter_ns()
+    session = opener()
+    loaded = time.perf_counter_ns()
+    first_ns = _time_once(session, inputs)
+    warmup = 1 + _warm_up(session, inputs, config)  # The first inference is one of them
+    return Prepared(session, (loaded - start) / 1e6, first_ns / 1e6, warmup)
+
+
+def measure(prepared: Prepared, inputs: Inputs, config: ProfileConfig) -> Profile:
+    """The profile of a session that is warm already."""
+    yardstick = _yardstick()
+    before = read_counters()
+    samples = sample(prepared.session, inputs, runs=config.runs, min_runs=config.min_runs, budget_s=config.budget_s)
+    during = conditions(before, read_counters(), runs=len(samples))
     return Profile(
         target=config.target,
         samples_ns=samples,
-        warmup=warmup + 1,  # The first inference is one of them
+        warmup=prepared.warmup,
         threads=config.threads,
         batch=_batch(inputs),
-        load_ms=(loaded - start) / 1e6,
-        first_run_ms=first_ns / 1e6,
+        load_ms=prepared.load_ms,
+        first_run_ms=prepared.first_run_ms,
         peak_rss_bytes=peak_rss_bytes(),
         device=fingerprint(config.versions),
         conditions=during,
@@ -139,7 +157,8 @@ def profile(opener: Callable[[], Session], inputs: Inputs, config: ProfileConfig
 
 
 def interleave(sessions: Mapping[str, Session], inputs: Inputs, config: ProfileConfig) -> dict[str, tuple[int, ...]]:
-    """Nanoseconds per inference of each session, taken in turns: sample r of every session is from the same round.
+    """Undisturbed nanoseconds per inference (see `sample_undisturbed`) of each session, taken in turns: sample r of
+    every session is from the same round.
 
     Each is warmed up first. The order rotates by one each round and its direction flips after each full rotation, so
     that every session equally often follows every other one. All get the same number of samples: `config.runs`, or what
@@ -154,16 +173,21 @@ def interleave(sessions: Mapping[str, Session], inputs: Inputs, config: ProfileC
         raise ConfigError("interleave: sessions must hold at least one session, got none.")
     names = tuple(sessions)
     taken: dict[str, list[int]] = {name: [] for name in names}
-    with pinned(config.threads):
-        for session in sessions.values():
-            _warm_up(session, inputs, config)
-        deadline = time.perf_counter() + config.budget_s
-        for r in range(config.runs):
-            if r >= config.min_runs and time.perf_counter() > deadline:
-                break
-            for name in _order(names, r):
-                taken[name].append(_time_once(sessions[name], inputs))
+    for session in sessions.values():
+        _warm_up(session, inputs, config)
+    deadline = time.perf_counter() + config.budget_s
+    for r in range(config.runs):
+        if r >= config.min_runs and time.perf_counter() > deadline:
+            break
+        for name in _order(names, r):
+            taken[name] += sample_undisturbed(sessions[name], inputs, runs=1)
     return {name: tuple(samples) for name, samples in taken.items()}
+
+
+def timer() -> Callable[[], float]:
+    """A function that returns the seconds since now, for callers that must keep to a budget."""
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
 
 
 def faster(candidate: Sequence[int], reference: Sequence[int], *, confidence: float = 0.95) -> Ratio:
@@ -178,6 +202,24 @@ def sample(
     deadline, taken = time.perf_counter() + budget_s, list[int]()
     while len(taken) < runs and (len(taken) < min_runs or time.perf_counter() < deadline):
         taken.append(_time_once(session, inputs))
+    return tuple(taken)
+
+
+def sample_undisturbed(session: Session, inputs: Inputs, *, runs: int) -> tuple[int, ...]:
+    """Nanoseconds of `runs` successive inferences, less the time the calling thread waited for a CPU.
+
+    On a shared machine that wait comes in whole time slices and hides the artifact's own time: with five busy processes
+    on two CPUs, two networks 5.0 % apart differ by 3 % in wall time and by 5.1 % without the wait. For comparing only:
+    a `Profile` keeps wall time and reports the wait beside it.
+    """
+    taken = list[int]()
+    with QueueClock() as waited:
+        for _ in range(runs):
+            start = time.perf_counter_ns()
+            before = waited()
+            session.run(inputs)
+            wait = waited() - before  # Read inside the timed span, so it never exceeds it
+            taken.append(time.perf_counter_ns() - start - wait)
     return tuple(taken)
 
 
@@ -213,95 +255,6 @@ def throughput(opener: Callable[[], Session], inputs: Inputs, *, streams: int, s
     return sum(counts) * _batch(inputs) / (max(ends) - start)
 
 
-@contextmanager
-def pinned(cpus: int) -> Iterator[None]:
-    """Restrict this process to its first `cpus` allowed CPUs, so that the scheduler does not move it while it is timed.
-
-    Where the system has no affinity, or allows no more CPUs than that, nothing is changed. Threads a runtime started
-    before keep their own affinity.
-    """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(allowed) <= cpus:
-        yield
-        return
-    os.sched_setaffinity(0, allowed[:cpus])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
-# --------------------------------------------------------------------------- JSON
-
-
-def to_json(profile: Profile) -> dict[str, Any]:
-    """The ``vitrim profile --json`` object; an infinite interval bound is null."""
-    total = sum(op.time_ms for op in profile.ops)
-    ops = [
-        {
-            **{key: getattr(op, key) for key in ("name", "type", "placement", "precision", "time_ms")},
-            "share": op.time_ms / total if total else 0.0,
-        }
-        for op in profile.ops
-    ]
-    latency = profile.latency_ms()
-    bounds = {name: quantile_interval(profile.samples_ns, q) for name, q in PERCENTILES.items()}
-    return {
-        "target": profile.target,
-        "device": dict(profile.device),
-        "runs": len(profile.samples_ns),
-        "warmup": profile.warmup,
-        "threads": profile.threads,
-        "batch": profile.batch,
-        "latency_ms": latency,
-        "latency_ci95_ms": {name: [_finite(b / 1e6) for b in pair] for name, pair in bounds.items()},
-        "images_per_s": profile.batch / latency["mean"] * 1e3,
-        "samples_ns": list(profile.samples_ns),
-        "load_ms": profile.load_ms,
-        "first_run_ms": profile.first_run_ms,
-        "peak_rss_bytes": profile.peak_rss_bytes,
-        "conditions": dict(profile.conditions),
-        "yardstick_ns": list(profile.yardstick_ns),
-        "ops": ops,
-    }
-
-
-def from_json(data: Mapping[str, Any]) -> Profile:
-    """The Profile of a stored ``vitrim profile --json`` object.
-
-    Raises:
-        DataError: a key is missing or of another kind; the file is not to be trusted.
-    """
-    try:
-        return Profile(
-            target=str(data["target"]),
-            samples_ns=_times(data["samples_ns"]),
-            **{key: int(data[key]) for key in ("warmup", "threads", "batch", "peak_rss_bytes")},
-            load_ms=float(data["load_ms"]),
-            first_run_ms=float(data["first_run_ms"]),
-            device=dict(data["device"]),
-            ops=tuple(
-                OpRecord(**{k: v for k, v in op.items() if k in OpRecord.__annotations__}) for op in data.get("ops", ())
-            ),
-            conditions=dict(data.get("conditions", {})),
-            yardstick_ns=_times(data["yardstick_ns"]) if data.get("yardstick_ns") else (),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"Stored profile must be the object 'vitrim profile --json' prints: {what}.") from error
-
-
-def _times(values: Any) -> tuple[int, ...]:
-    times = tuple(int(value) for value in values)
-    if not times or min(times) <= 0:
-        raise ValueError("times must be positive and at least one")
-    return times
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 # --------------------------------------------------------------------------- the clock
 
 
@@ -312,7 +265,7 @@ def _time_once(session: Session, inputs: Inputs) -> int:
 
 
 def _warm_up(session: Session, inputs: Inputs, config: ProfileConfig) -> int:
-    """Inferences made until two successive windows agree, or until `config.warmup` or a quarter of the time budget is used."""
+    """Inferences made until two successive windows agree, `config.warmup` or a quarter of the budget is used."""
     deadline, done = time.perf_counter() + config.budget_s / 4, 0
     previous = math.inf
     while done + WINDOW <= config.warmup and time.perf_counter() < deadline:
