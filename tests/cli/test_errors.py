@@ -121,7 +121,7 @@ COMPRESS = {
     "empty folder": (lambda t: [(t / "m").mkdir() or t / "m"], "config.json", 2),
     "config without weights": (
         lambda t: [shutil.copytree(DEMO, t / "m", ignore=lambda *_: ["model.safetensors"])],
-        "weights",
+        "safetensors",
         2,
     ),
     "config is not JSON": (
