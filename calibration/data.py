@@ -139,7 +139,8 @@ def stratified(images: ImageSet, limit: int, seed: int) -> ImageSet:
     """At most `limit` of the images, chosen at random class by class, in their original order.
 
     The r-th image (random order, from 0) of a class of n has key (r + 1/2) / n; the smallest keys are taken. That hands
-    out the places by the Sainte-Lague method: each class gets its share, rounded. Unlabelled images are one class.
+    out the places by the Sainte-Lague method: shares are kept as well as whole images allow. Unlabelled images are one
+    class.
     """
     if limit >= len(images):
         return images
