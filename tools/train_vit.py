@@ -43,7 +43,7 @@ if __name__ == "__main__" and not MALLOC.keys() <= os.environ.keys():
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from vit import ViT
 
@@ -306,7 +306,7 @@ def write(trainer: Trainer, labels: list[str]) -> None:
     a = trainer.a
     dtype = torch.float16 if a.half else torch.float32
     weights = {name: w.detach().to(dtype).contiguous() for name, w in trainer.average.state_dict().items()}
-    save_file(weights, a.out / "model.tmp", metadata={"format": "pt"})
+    (a.out / "model.tmp").write_bytes(save(weights, metadata={"format": "pt"}))
     os.replace(a.out / "model.tmp", a.out / "model.safetensors")
     (a.out / "config.tmp").write_text(json.dumps(config(trainer, labels), indent=1) + "\n")
     os.replace(a.out / "config.tmp", a.out / "config.json")
