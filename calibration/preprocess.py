@@ -38,8 +38,9 @@ def apply(preprocess: Preprocess, image: Image.Image | Array) -> Array:
         DataError: the array is no image, the mode has no defined range, or one side is over 100 times the other.
 
     Source: timm 1.0 ``create_transform`` (resize ``shorter``: floor(size / crop), torchvision's centre-crop rounding)
-    and transformers 5 ``ViTImageProcessorPil`` (resize ``exact``). Deviations: they clip 16-bit images, which are scaled
-    here (see `to_channels`); transformers' torchvision backend rounds otherwise, by up to 3 of 255 levels.
+    and transformers 5 ``ViTImageProcessorPil``, ``DeiTImageProcessorPil`` (resize ``exact``). Deviations: they clip
+    16-bit images, which are scaled here (see `to_channels`); transformers' torchvision backend rounds otherwise, by up
+    to 3 of 255 levels.
 
     >>> gray = Preprocess((2, 2), mean=(0.5,), std=(0.5,), channels="L")
     >>> apply(gray, np.array([[0, 255], [255, 0]], np.uint8)).tolist()
