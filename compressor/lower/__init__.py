@@ -5,12 +5,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from compressor.errors import ConfigError
+from compressor.lower.conv import lower_conv
 from compressor.lower.tokens import lower_tokens
 from compressor.types import Capabilities, Model, Quantization
 
 __all__ = ["lower"]
 
-LAYOUTS = {"tokens": lower_tokens}
+LAYOUTS = {"conv": lower_conv, "tokens": lower_tokens}
 
 
 def lower(model: Model, capabilities: Capabilities, quantization: Quantization | None = None) -> ir.Model:

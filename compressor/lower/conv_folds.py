@@ -1,0 +1,83 @@
+"""The algebra of the convolutional form: each fold is one pure function on float64 weights and leaves the outputs as they are.
+
+Notation: W (out, in), b (out,), C channels of the residual stream x, D head width, P = I - 11^T/C (subtracts the channel mean).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compressor.types import Array
+
+__all__ = [
+    "absorb_affine",
+    "centre",
+    "centre_heads",
+    "head_kernel",
+    "kernel",
+    "key_scale_into_query",
+    "mean_kernel",
+    "patch_kernel",
+    "value_bias_into_projection",
+]
+
+
+def centre(weight: Array, bias: Array) -> tuple[Array, Array]:
+    """P W and P b: a writer of the residual stream whose output has zero mean over channels.
+
+    Every reader of the stream is a LayerNorm, which subtracts that mean anyway: LN(x) = LN(P x). When every writer is centred,
+    so is x, and LayerNorm needs no mean: LN(x) = x (mean_c x^2 + eps)^-1/2 gamma + beta. `weight` (C, ...), `bias` (C, ...).
+    """
+    return weight - weight.mean(axis=0, keepdims=True), bias - bias.mean(axis=0, keepdims=True)
+
+
+def absorb_affine(weight: Array, bias: Array, scale: Array, shift: Array) -> tuple[Array, Array]:
+    """W diag(scale) and b + W shift: ``W (n scale + shift) + b`` without the affine, `weight` (out, in)."""
+    return weight * scale, bias + weight @ shift
+
+
+def centre_heads(weight: Array, bias: Array, heads: int) -> tuple[Array, Array]:
+    """`centre` for each head apart: the writers of a normalized query or key, `weight` (heads * D, in)."""
+    rows, shift = weight.reshape(heads, -1, weight.shape[1]), bias.reshape(heads, -1)
+    centred = rows - rows.mean(axis=1, keepdims=True), shift - shift.mean(axis=1, keepdims=True)
+    return centred[0].reshape(weight.shape), centred[1].reshape(bias.shape)
+
+
+def key_scale_into_query(q_scale: Array, q_shift: Array, k_scale: Array) -> tuple[Array, Array]:
+    """The affine of a normalized query that makes the key's unnecessary; all (D,).
+
+    (g_q n_q + b_q) . (g_k n_k + b_k) = (g_k g_q n_q + g_k b_q) . n_k + (g_q n_q + b_q) . b_k, and the last term is the same
+    for every key, so a softmax over keys does not see it.
+    """
+    return q_scale * k_scale, q_shift * k_scale
+
+
+def value_bias_into_projection(weight: Array, bias: Array, value_bias: Array) -> Array:
+    """b + W b_v: rows of a softmax sum to one, so attention passes the bias of v on unchanged; `weight` (C, heads * D)."""
+    return np.asarray(bias + weight @ value_bias)
+
+
+def kernel(weight: Array) -> Array:
+    """(out, in) -> (out, in, 1, 1): a linear layer on tokens is a 1x1 convolution on (B, in, 1, T)."""
+    return weight[:, :, None, None]
+
+
+def mean_kernel(groups: int, width: int, *, spread: bool) -> Array:
+    """The 1x1 kernel that averages each of `groups` runs of `width` channels.
+
+    ``spread`` writes the mean back to every channel of its run, (groups * width, groups * width, 1, 1), so that no broadcast
+    follows; otherwise there is one channel per group, as a grouped convolution (groups, width, 1, 1).
+    """
+    if not spread:
+        return np.full((groups, width, 1, 1), 1.0 / width)
+    return kernel(np.kron(np.eye(groups), np.full((width, width), 1.0 / width)))
+
+
+def patch_kernel(weight: Array) -> Array:
+    """(C, in, p, p) -> (C, p * p * in, 1, 1): the patch embedding behind ONNX SpaceToDepth(p), whose channels run (y, x, in)."""
+    return kernel(weight.transpose(0, 2, 3, 1).reshape(len(weight), -1))
+
+
+def head_kernel(weight: Array, rows: int) -> Array:
+    """(classes, rows * C) -> (classes, C, 1, rows): a classifier over `rows` tokens side by side is one 1 x rows convolution."""
+    return weight.reshape(len(weight), rows, -1).transpose(0, 2, 1)[:, :, None, :]
