@@ -29,7 +29,7 @@ CAPABILITIES = Capabilities(
     layout="tokens",
     opset=20,
     precisions=("fp32", "w8a8"),
-    qkv="packed",
+    attention="fused",
     patch="unshuffle",
     qdq="integer_ops",
 )
@@ -107,6 +107,7 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # no busy waiting between two runs
     options.log_severity_level = 3  # errors only: they are raised, nothing else is printed
     return options
 

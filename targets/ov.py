@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
@@ -14,11 +16,15 @@ if TYPE_CHECKING:
     import onnx_ir
     import openvino
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "open", "variants"]
 
 NAME = "openvino"
-CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=("fp32", "bf16", "w8a8"))
-HINTS = {"fp32": "f32", "bf16": "bf16", "w8a8": "f32"}  # of everything that is not int8
+CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=("fp32", "bf16", "w8a8"), patch="unshuffle")
+HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
+HINTS = {"fp32": "f32", "bf16": "bf16", "w8a8": "f32"}
+PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ
+SILENT = ("Const", "Input", "Output")  # entries of the execution graph that execute nothing
+PROFILED_RUNS = 10
 FIX = "pip install 'vitrim[openvino]'"
 
 
@@ -47,14 +53,25 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import openvino
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    core = openvino.Core()
-    model = core.read_model(onnx_ir.to_proto(graph).SerializeToString(deterministic=True), b"")
+    model = openvino.Core().read_model(onnx_ir.to_proto(graph).SerializeToString(deterministic=True), b"")
     if options.quantizer == "nncf" and options.precision == "w8a8":
         model = _nncf(model, options)
     path = options.out_dir / f"{options.name}.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
-    settings = {"INFERENCE_PRECISION_HINT": HINTS[options.precision]}
-    return describe(NAME, graph, options, (path, path.with_suffix(".bin")), settings)
+    return describe(NAME, graph, options, (path, path.with_suffix(".bin")), {HINT: HINTS[options.precision]})
+
+
+def variants(artifact: Artifact) -> tuple[Artifact, ...]:
+    """`artifact`, and the same files under other settings that may be faster on this CPU: to be measured, not assumed.
+
+    An int8 model can run the operators between its linears in bf16.
+    """
+    import openvino
+
+    native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if artifact.precision != "w8a8" or not native:
+        return (artifact,)
+    return tuple(replace(artifact, settings={**artifact.settings, HINT: hint}) for hint in ("f32", "bf16"))
 
 
 def open(artifact: Artifact, threads: int = 1) -> OpenVinoSession:
@@ -70,64 +87,79 @@ def open(artifact: Artifact, threads: int = 1) -> OpenVinoSession:
 
 
 class OpenVinoSession:
-    """A compiled model and one inference request."""
+    """Compiled for one image with fixed shapes, which is up to a tenth faster; once more for any batch when one comes."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self._artifact = artifact
-        self._threads = threads
-        self._compiled = self._compile({})
-        self._request = self._compiled.create_infer_request()
+        self._config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads),
+            **artifact.settings,
+        }
+        self._feed = artifact.inputs[0].name
+        self._single = self._compile(self._config, fixed=True).create_infer_request()
+        self._batched: openvino.InferRequest | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name."""
-        results = self._request.infer(dict(inputs))
-        return {spec.name: results[spec.name].copy() for spec in self._artifact.outputs}
+        request = self._single
+        if len(inputs[self._feed]) != 1:
+            if self._batched is None:
+                self._batched = self._compile(self._config, fixed=False).create_infer_request()
+            request = self._batched
+        results = request.infer(dict(inputs), share_inputs=True)
+        return {spec.name: results[spec.name] for spec in self._artifact.outputs}
 
     def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
-        """Nodes of OpenVINO's execution graph with their run-time precision, times of one profiled run."""
-        compiled = self._compile({"PERF_COUNT": "YES"})
+        """Nodes of OpenVINO's execution graph with their run-time precision, mean time of a few profiled runs."""
+        fixed = len(inputs[self._feed]) == 1
+        compiled = self._compile({**self._config, "PERF_COUNT": "YES"}, fixed=fixed)
         request = compiled.create_infer_request()
-        for _ in range(2):  # the first is warm-up
-            request.infer(dict(inputs))
+        for _ in range(PROFILED_RUNS):
+            request.infer(dict(inputs), share_inputs=True)
         times = {info.node_name: info.real_time.total_seconds() * 1000.0 for info in request.get_profiling_info()}
-        records = []
-        for node in compiled.get_runtime_model().get_ordered_ops():
-            info = {
-                key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info
-            }
-            if info:
-                name = node.get_friendly_name()
-                records.append(
-                    OpRecord(name, info["layerType"], "CPU", _precision(info["runtimePrecision"]), times.get(name, 0.0))
-                )
-        return tuple(records)
+        nodes = compiled.get_runtime_model().get_ordered_ops()
+        records = (_record(node, times.get(node.get_friendly_name(), 0.0)) for node in nodes)
+        return tuple(record for record in records if record.type not in SILENT)
 
-    def _compile(self, extra: Mapping[str, str]) -> openvino.CompiledModel:
+    def _compile(self, config: Mapping[str, str], *, fixed: bool) -> openvino.CompiledModel:
         import openvino
 
-        config: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(self._threads),
-            **self._artifact.settings,
-            **extra,
-        }
+        core = openvino.Core()
         try:
-            return openvino.Core().compile_model(self._artifact.path, "CPU", config)
+            model = core.read_model(self._artifact.path)
+            if fixed:
+                model.reshape([1, *self._artifact.inputs[0].shape[1:]])
+            return core.compile_model(model, "CPU", dict(config))
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1]
             raise BundleError(
-                f"{self._artifact.path}: must be a model OpenVINO accepts, got: {first}.", hint="Build it again."
+                f"{self._artifact.path}: must be a model OpenVINO accepts, got: {reason}.", hint="Build it again."
             ) from error
+
+
+def _record(node: Any, time_ms: float) -> OpRecord:
+    info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info}
+    precision = info.get("runtimePrecision", "").lower()
+    return OpRecord(_place(node), info.get("layerType", "Const"), "CPU", PRECISIONS.get(precision, precision), time_ms)
+
+
+def _place(node: Any) -> str:
+    """The node's name, behind that of the operator it was split from (``blocks.0.norm1/MVN_7``) where it has none."""
+    name = node.get_friendly_name()
+    consumer = node
+    while "_" in consumer.get_friendly_name().partition(".")[0] and consumer.outputs():
+        targets = consumer.output(0).get_target_inputs()
+        if not targets:
+            break
+        consumer = min(targets, key=lambda port: port.get_node().get_friendly_name()).get_node()
+    return name if consumer is node else f"{consumer.get_friendly_name()}/{name}"
 
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
         raise TargetUnavailable(f"Target 'openvino' must have {package} installed, got none.", hint=FIX)
-
-
-def _precision(name: str) -> str:
-    return {"f32": "fp32", "i8": "int8", "u8": "int8"}.get(name.lower(), name.lower())
 
 
 def _nncf(model: openvino.Model, options: BuildOptions) -> openvino.Model:

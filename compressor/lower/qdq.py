@@ -111,6 +111,8 @@ class Linears:
         """The patch embedding, without bias, as a strided convolution: (B, in, h, w) -> (B, C, rows, cols)."""
         g, weight = self._graph, self._weights[f"{name}.weight"]
         if self.quantized(site, name):
+            if self._style == "integer_ops":
+                raise ConfigError("Capabilities.patch of a graph with integer_ops must be 'unshuffle', got 'conv'.")
             kernel = self._dequantized(
                 name, weight_integers(weight, self._plan.weights[f"{name}.weight"]), (name,), axis=0
             )
@@ -135,12 +137,10 @@ class Linears:
         scale, zero = self._grid(site, self._plan.activations[site])
         weight = g.constant(f"{name}.weight", self._integers(parts))
         weight_scale = g.constant(f"{name}.weight.scale", self._scales(parts))
-        weight_zero = g.constant(f"{name}.weight.zero", np.zeros_like(self._scales(parts), dtype=np.int8))
-        add = g.constant(f"{name}.bias", bias) if bias is not None else None
-        inputs = (x, weight, scale, weight_scale, zero, weight_zero, add)
-        return g.op(
-            f"{name}.matmul", "MatMulIntegerToFloat", *(inputs if add is not None else inputs[:-1]), domain=CONTRIB
-        )
+        inputs: list[ir.Value | None] = [x, weight, scale, weight_scale, zero]
+        if bias is not None:
+            inputs += [None, g.constant(f"{name}.bias", bias)]  # no zero points of weights: they are symmetric
+        return g.op(f"{name}.matmul", "MatMulIntegerToFloat", *inputs, domain=CONTRIB)
 
     def _add(self, name: str, x: ir.Value, bias: Array | None) -> ir.Value:
         if bias is None:

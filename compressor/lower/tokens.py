@@ -125,34 +125,33 @@ class _Tokens:
     def _matmul_attention(
         self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
     ) -> ir.Value:
-        g, t, h = self.graph, self.spec.tokens, block.heads
-        q = g.reshape(f"{name}.q.heads", q, (rows, h, block.qk_dim))
-        k = g.reshape(f"{name}.k.heads", k, (t, h, block.qk_dim))
-        v = g.reshape(f"{name}.v.heads", v, (t, h, block.v_dim))
-        if block.qk_norm:
-            q, k = self._norm(f"{name}.q_norm", q), self._norm(f"{name}.k_norm", k)
-        q = g.op(f"{name}.q.transpose", "Transpose", q, perm=(0, 2, 1, 3))  # (B, H, rows, D)
-        k = g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 2, 3, 1))  # (B, H, D, T)
-        v = g.op(f"{name}.v.transpose", "Transpose", v, perm=(0, 2, 1, 3))  # (B, H, T, Dv)
+        g, t = self.graph, self.spec.tokens
+        q = self._heads(f"{name}.q", block, q, rows)
+        k = self._heads(f"{name}.k", block, k, t)
+        v = g.reshape(f"{name}.v.heads", v, (t, block.heads, block.v_dim))
+        q, k, v = (g.op(f"{x.name}.transpose", "Transpose", x, perm=(0, 2, 1, 3)) for x in (q, k, v))  # (B, H, T, D)
+        k = g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2))  # (B, H, D, T)
         scores = g.op(f"{name}.scores", "MatMul", q, k)
         o = g.op(f"{name}.values", "MatMul", g.op(f"{name}.softmax", "Softmax", scores, axis=3), v)
         o = g.op(f"{name}.heads.transpose", "Transpose", o, perm=(0, 2, 1, 3))
-        return g.reshape(f"{name}.heads", o, (rows, h * block.v_dim))
+        return g.reshape(f"{name}.heads", o, (rows, block.heads * block.v_dim))
 
     def _fused_attention(
         self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
     ) -> ir.Value:
-        g, t, h = self.graph, self.spec.tokens, block.heads
+        g, t, width = self.graph, self.spec.tokens, block.heads * block.qk_dim
         if block.qk_norm:
-            q, k = (
-                g.reshape(
-                    f"{name}.{p}.rows",
-                    self._norm(f"{name}.{p}_norm", g.reshape(f"{name}.{p}.heads", x, (n, h, block.qk_dim))),
-                    (n, h * block.qk_dim),
-                )
-                for p, x, n in (("q", q, rows), ("k", k, t))
-            )
-        return g.op(f"{name}.attention", "MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=h, scale=1.0)
+            q = g.reshape(f"{name}.q.rows", self._heads(f"{name}.q", block, q, rows), (rows, width))
+            k = g.reshape(f"{name}.k.rows", self._heads(f"{name}.k", block, k, t), (t, width))
+        inputs = (q, k, v)
+        return g.op(
+            f"{name}.attention", "MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=block.heads, scale=1.0
+        )
+
+    def _heads(self, name: str, block: BlockSpec, x: ir.Value, rows: int) -> ir.Value:
+        """q or k by heads, (B, rows, H * D) -> (B, rows, H, D), normalized where the block does so."""
+        x = self.graph.reshape(f"{name}.heads", x, (rows, block.heads, block.qk_dim))
+        return self._norm(f"{name}_norm", x) if block.qk_norm else x
 
     def _mlp(self, name: str, block: BlockSpec, y: ir.Value) -> ir.Value:
         g, site = self.graph, f"{name}.fc1"
