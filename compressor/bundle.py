@@ -62,7 +62,7 @@ class TargetEntry(_Strict):
     path: str
     files: list[str]  # all of them, in the target's order, main file included
     sha256: str  # of `files` one after the other
-    precision: Literal["fp32", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
+    precision: Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
     settings: dict[str, str] = {}
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]
@@ -115,6 +115,8 @@ def seal(root: Path, content: Mapping[str, Any]) -> Manifest:
         content: every manifest field except ``schema`` and ``files``.
     """
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
+    for file in files:
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     listing = {p.relative_to(root).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
     manifest = Manifest.model_validate({"schema": 1, **content, "files": listing})
     text = json.dumps(manifest.model_dump(by_alias=True), indent=1)

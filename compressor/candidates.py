@@ -35,7 +35,7 @@ from compressor.verify import check_parity
 
 __all__ = ["Candidate", "Outcome", "build", "contest", "logits", "open_model", "precisions", "require"]
 
-FLOAT: tuple[Precision, ...] = ("fp32", "bf16")
+FLOAT: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 RACE_SECONDS = 4.0  # of each contestant's share of an interleaved race
 
 
@@ -112,7 +112,8 @@ class Outcome:
     reference_ns: tuple[int, ...]
     reverted: bool
     reason: str
-    ops: tuple[OpRecord, ...] = ()
+    ops: tuple[OpRecord, ...]
+    reference_ops: tuple[OpRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,12 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path, *, threads: int
         times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
         candidates = tuple(_candidate(job, sessions[p], a, times[p]) for p, a in artifacts.items())
         kept, reverted, reason = _choose(candidates, wanted, job.min_agreement)
-        ops = sessions[kept.artifact.precision].ops(feed)
+        ops, before = sessions[kept.artifact.precision].ops(feed), sessions["reference"].ops(feed)
     for loser in candidates:
         if loser is not kept:
             for file in set(loser.artifact.files) - set(kept.artifact.files):
                 file.unlink()
-    return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops)
+    return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops, before)
 
 
 def _candidate(job: Contest, session: Session, artifact: Artifact, samples_ns: tuple[int, ...]) -> Candidate:

@@ -20,6 +20,7 @@ from compressor.result import Result
 __all__ = ["Console", "command", "main"]
 
 INTERRUPTED = 3  # neither passed nor failed
+TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 COMPRESS_PACKAGES = ("torch", "safetensors", "onnx", "onnx_ir", "scipy", "sklearn", "jinja2", "matplotlib", "yaml")
 
 
@@ -137,9 +138,10 @@ def main(app: typer.Typer) -> int:
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return int(app(prog_name="vitrim", standalone_mode=False) or 0)
-    except typer.Exit as done:
-        return done.exit_code
+        code = int(app(prog_name="vitrim", standalone_mode=False) or 0)
+        if code == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
     except BaseException as error:  # noqa: BLE001 - the last line of defence: even our bug is one sentence
         code, failure = _explain(error)
         if verbose:

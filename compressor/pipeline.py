@@ -25,7 +25,7 @@ from compressor.device import fingerprint, peak_rss_bytes
 from compressor.output import write_json
 from compressor.profile import Stopwatch
 from compressor.recipe import Recipe, to_dict
-from compressor.report import render
+from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, prune_stage, quantize_stage, torch_logits
 from compressor.types import Array, Model, latency_ms
 from compressor.verify import accuracy
@@ -33,6 +33,7 @@ from compressor.verify import accuracy
 __all__ = ["compress"]
 
 GOLDEN = 8
+SHEET = 48  # calibration images shown in the report
 PARITY_IMAGES = 256  # calibration images on which every artifact is held against the model it was built from
 
 
@@ -230,11 +231,22 @@ def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
         for o in run.outcomes
         for c in o.candidates
     ]
-    ops = {o.target: [asdict(op) for op in o.ops] for o in run.outcomes}
     provenance = {k: manifest[k] for k in ("versions", "seed", "recipe", "checkpoint", "calibration")}
     return {
         "blocks": run.blocks,
         "candidates": candidates,
-        "ops": ops,
+        "ops": {o.target: [asdict(op) for op in o.ops] for o in run.outcomes},
+        "reference_ops": {o.target: [asdict(op) for op in o.reference_ops] for o in run.outcomes},
+        "contact_sheet": {
+            "image": contact_sheet(_pictures(run)),
+            "caption": "Calibration images as the network sees them.",
+        },
         "provenance": {**provenance, "device": fingerprint()},
     }
+
+
+def _pictures(run: Run) -> Array:
+    """The first calibration inputs as uint8 images (n, h, w, C)."""
+    contract = run.model.preprocess
+    pixels = run.pixels[:SHEET] * np.asarray(contract.std)[:, None, None] + np.asarray(contract.mean)[:, None, None]
+    return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
