@@ -171,7 +171,7 @@ def _facts(slots: Slots, settings: Config, family: Family, *, has_classifier: bo
 def _labels(settings: Config, spec: VitSpec) -> tuple[str, ...]:
     """Class names in order; the placeholders LABEL_0, LABEL_1 ... count as none."""
     names = settings.id2label
-    if not names or not spec.num_classes or all(name == f"LABEL_{i}" for i, name in names.items()):
+    if not names or spec.num_classes == 0 or all(name == f"LABEL_{i}" for i, name in names.items()):
         return ()
     if sorted(names) != list(range(spec.num_classes)):
         raise CheckpointError(
@@ -197,11 +197,13 @@ def _processor(content: Mapping[str, Any] | None, family: Family) -> Images:
     size = _sides(
         family.size if given.size is None else given.size, where + "size", shortest="shortest_edge" in family.size
     )
-    cropped = given.do_center_crop if given.do_center_crop is not None else family.crop is not None
+    cropped = family.crop is not None if given.do_center_crop is None else given.do_center_crop
     crop = size[0]
-    if cropped:
-        crop = _sides(given.crop_size or family.crop or size[0][0], where + "crop_size", shortest=False)[0]
-    elif not size[1]:
+    if cropped and given.crop_size is not None:
+        crop = _sides(given.crop_size, where + "crop_size", shortest=False)[0]
+    elif cropped and family.crop is not None:
+        crop = family.crop, family.crop
+    elif not cropped and not size[1]:
         raise CheckpointError(f"{where}size must give both sides, or do_center_crop be true, got {given.size}.")
     if not given.do_resize and (cropped or content is None):
         raise CheckpointError(f"{where}do_resize must be true before a centre crop, got false.")

@@ -132,8 +132,8 @@ BAD_FOLDERS = {
     "index without map": ("shards", in_index(weight_map=[]), CheckpointError, r"weight_map must be an object .*, got list"),
     "shard missing": ("shards", in_index(weight_map={"a": "model-9.safetensors"}),
         CheckpointError, r"every shard must be a file of this folder, got 'model-9.safetensors'"),
-    "shard elsewhere": ("shards", in_index(weight_map={"a": "../timm/model.safetensors"}),
-        CheckpointError, r"every shard must be a file of this folder, got '../timm/model.safetensors'"),
+    "shard elsewhere": ("shards", in_index(weight_map={"a": "../shards/config.json"}),
+        CheckpointError, r"every shard must be a file of this folder, got '../shards/config.json'"),
     # --- tensors
     "tensor missing": ("timm", in_tensors(**{FC1: None}), CheckpointError, r"'blocks.1.mlp.fc1.weight' is missing"),
     "bias missing": ("timm", in_tensors(blocks__0__attn__qkv__bias=None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.preprocess import apply
 from compressor.checkpoint import describe, load, save
+from compressor.checkpoint.images import crop_ratio
 from compressor.checkpoint.positions import resample
 from compressor.errors import CheckpointError, ConfigError
 from compressor.spec import Preprocess
@@ -241,6 +243,14 @@ def test_transformers_processor_is_followed(case, tmp_path):
         theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
         # transformers multiplies by the factor where we divide by 255: one rounding of numbers up to 255 / std.
         np.testing.assert_allclose(apply(contract, image), theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_crop_ratio_always_gives_the_resized_side_back():
+    for crop in range(1, 400, 9):
+        for resized in range(crop, 520):
+            ratio = crop_ratio(crop, resized)
+            assert 0 < ratio <= 1 and math.floor(crop / ratio) == resized
+    assert math.floor(1 / (1 / 93)) != 93  # the plain quotient would not do
 
 
 def test_transformers_defaults_are_those_of_the_family(tmp_path):
