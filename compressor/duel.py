@@ -97,7 +97,9 @@ class Duel:
 
 
 class Worker:
-    """A running `compressor.worker`; a context manager, so that no process outlives its use.
+    """A `compressor.worker` that has been started; a context manager, so that no process outlives its use.
+
+    Call `hear` once before the first `ask`: workers may get ready beside each other.
 
     Raises:
         VitrimError: whatever stopped the worker, as the class it was there.
@@ -110,21 +112,22 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, encoding="utf-8"
         )
-        spec = {"opener": contender.opener, "arguments": dict(contender.arguments), "config": dict(config)}
-        try:
-            self.ready = self.ask(spec)
-        except BaseException:
-            self.close()
-            raise
+        self._tell({"opener": contender.opener, "arguments": dict(contender.arguments), "config": dict(config)})
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The worker's answer to one request of its protocol."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        self._tell(request)
+        return self.hear()
+
+    def _tell(self, request: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # It has ended; what it said last is still to be heard
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # It has ended; what it said last is still to be read
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer; the first one says that the session is open and warm."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
         if "error" in answer:
@@ -191,6 +194,7 @@ def profile_fresh(contender: Contender, config: ProfileConfig, *, ops: bool = Fa
         ops: whether to add the per-op table.
     """
     with Worker(contender, {**asdict(config), "versions": dict(config.versions)}) as worker:
+        worker.hear()
         return from_json(worker.ask({"profile": {"ops": ops}}))
 
 
@@ -201,6 +205,8 @@ def _pair(candidate: Contender, baseline: Contender, coins: Random, config: Duel
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(contenders[name], settings)) for name in start}
+        for worker in workers.values():
+            worker.hear()
         # The same number of inferences for both sides, set by the slower one
         ms = max(min(worker.ask({"runs": 3})["samples_ns"]) for worker in workers.values()) / 1e6
         runs = max(1, min(64, round(TURN_MS / ms)))

@@ -270,7 +270,7 @@ def _sentence(found: GateVerdict, config: GateConfig, runs: int) -> str:
         text = f"Slower: the candidate takes {took}, beyond {limit}"
         return f"{text}, confirmed by a second run." if found.confirmed else f"{text}."
     if found.verdict == "pass":
-        return f"Within the limit: the candidate takes {took}, {limit.removeprefix('the ')}."
+        return f"Within the limit: the candidate takes {took}; the limit is {found.limit:.3f}x."
     why = (
         "a first run saw a slow-down that the second did not confirm"
         if runs == 2

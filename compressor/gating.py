@@ -1,0 +1,121 @@
+"""`vitrim gate`: a candidate bundle against a baseline bundle, side by side, or against a stored profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.bundle import Bundle
+from compressor.device import fingerprint
+from compressor.duel import Contender, DuelConfig, duel, profile_fresh
+from compressor.errors import ConfigError, DataError
+from compressor.gate import GateConfig, conclude_stored
+from compressor.gate_output import GateResult
+from compressor.gate_rules import Facts, Finding, RuleConfig, check, facts_of
+from compressor.profile import ProfileConfig
+from compressor.profile_json import from_json
+from compressor.types import Profile
+
+__all__ = ["GateOptions", "gate_bundles", "gate_stored"]
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What to compare and what to forbid.
+
+    Attributes:
+        target: of both bundles; by default the first of the candidate's that runs here.
+        threads: of both sessions.
+        batch: images per inference.
+        gate: limit and confidence of the latency test.
+        rules: what else is forbidden.
+        duel: how pairs are timed.
+        cross_device: whether a stored profile of another machine may be compared with.
+    """
+
+    target: str | None = None
+    threads: int = 1
+    batch: int = 1
+    gate: GateConfig = field(default_factory=GateConfig)
+    rules: RuleConfig = field(default_factory=RuleConfig)
+    duel: DuelConfig = field(default_factory=DuelConfig)
+    cross_device: bool = False
+
+
+def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptions) -> GateResult:
+    """What changed from `baseline` to `candidate`, both run here and now in alternating fresh processes.
+
+    Raises:
+        BundleError: a bundle is damaged, or lacks the report that a rule needs.
+        ConfigError: a bundle does not hold the target.
+    """
+    bundles = {"candidate": Bundle.open(candidate), "baseline": Bundle.open(baseline)}
+    target = options.target or bundles["candidate"].default_target
+    sides = {name: _contender(bundle, target, options) for name, bundle in bundles.items()}
+    fought = duel(sides["candidate"], sides["baseline"], options.gate, replace(options.duel, threads=options.threads))
+    findings: tuple[Finding, ...] = ()
+    if options.rules != RuleConfig():
+        facts = {name: _facts(bundle, target, sides[name], options) for name, bundle in bundles.items()}
+        findings = check(facts["baseline"], facts["candidate"], options.rules)
+    ratios = [[pair.ratio for pair in run] for run in fought.runs]
+    return GateResult(fought.verdict, fingerprint(), findings, fought.p50_ms(), ratios, fought.seconds)
+
+
+def gate_stored(candidate: str | Path, stored: str | Path, options: GateOptions) -> GateResult:
+    """The weaker comparison with a stored ``vitrim profile --json`` object: nothing alternates, so drift is doubt.
+
+    Raises:
+        DataError: `stored` is not such an object.
+        ConfigError: it was measured on another machine, with other threads, batch or target.
+    """
+    before = _stored(Path(stored))
+    bundle = Bundle.open(candidate)
+    target = options.target or before.target or bundle.default_target
+    contender = _contender(bundle, target, options)
+    now = profile_fresh(contender, ProfileConfig(threads=options.threads, target=target))
+    for name in ("target", "threads", "batch"):
+        if getattr(before, name) != getattr(now, name):
+            raise ConfigError(
+                f"gate: {name} must be that of the stored profile, {getattr(before, name)!r}, got {getattr(now, name)!r}."
+            )
+    if before.device.get("id") != now.device["id"] and not options.cross_device:
+        raise ConfigError(
+            f"gate: the stored profile must be of this device, {now.device['id']}, got {before.device.get('id', 'unknown')!r}.",
+            hint="Measure the baseline bundle here, or allow it with --cross-device.",
+        )
+    verdict = conclude_stored(before, now, options.gate)
+    medians = {"candidate": now.latency_ms()["p50"], "baseline": before.latency_ms()["p50"]}
+    return GateResult(verdict, now.device, (), medians)
+
+
+def _contender(bundle: Bundle, target: str, options: GateOptions) -> Contender:
+    bundle.artifact(target)  # A wrong target is named here, not by a worker
+    return Contender(
+        {"path": str(bundle.root.resolve()), "target": target, "threads": options.threads, "batch": options.batch}
+    )
+
+
+def _facts(bundle: Bundle, target: str, contender: Contender, options: GateOptions) -> Facts:
+    path = bundle.root / "report.json"
+    if "report.json" not in bundle.manifest.files:
+        raise ConfigError(
+            f"{bundle.root}: a bundle must hold report.json for these rules.", hint="Gate on latency only."
+        )
+    facts = facts_of(json.loads(path.read_text(encoding="utf-8")), target)
+    if options.rules.max_memory_growth is None:
+        return facts
+    quick = ProfileConfig(runs=10, threads=options.threads)
+    return replace(facts, peak_rss_bytes=profile_fresh(contender, quick).peak_rss_bytes)
+
+
+def _stored(path: Path) -> Profile:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: a stored profile must be a readable JSON file, got {error}.") from None
+    if not isinstance(data, Mapping):
+        raise DataError(f"{path}: a stored profile must be a JSON object, got {type(data).__name__}.")
+    return from_json(dict[str, Any](data))
