@@ -52,7 +52,7 @@ __all__ = [
     "latency_ms",
 ]
 
-Precision = Literal["fp32", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
+Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
 Bits = tuple[int, int]  # (weight bits, activation bits)
 
 PRECISION_BITS: Mapping[Precision, Bits] = {"w8a8": (8, 8), "w8a16": (8, 16), "w4a8": (4, 8), "w6a6": (6, 6)}
@@ -185,10 +185,12 @@ class Capabilities:
     precisions: tuple[Precision, ...]
     qkv: Literal["packed", "split"] = "split"
     attention: Literal["matmul", "fused"] = "matmul"
+    equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle"] = "conv"
     softmax: Literal["node", "exp_conv"] = "node"
+    logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1) in the conv layout
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
     batch: Literal["dynamic", "static"] = "dynamic"
     width_multiple: int = 8
@@ -261,6 +263,7 @@ class BuildOptions:
     name: str = "model"
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     calibration: tuple[Array, ...] = ()  # preprocessed batches (B, C, h, w) for a runtime's own quantizer
+    chip: str = ""  # to build for, as the target's compiler calls it; empty: the target's own choice
 
 
 # --------------------------------------------------------------------------- results
