@@ -13,8 +13,8 @@ from compressor.device import fingerprint
 from compressor.duel import Contender, DuelConfig, duel, profile_fresh
 from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored
-from compressor.gate_output import GateResult
-from compressor.gate_rules import Facts, Finding, RuleConfig, check, facts_of
+from compressor.gate.output import GateResult
+from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
 from compressor.types import Profile

@@ -20,7 +20,7 @@ RUNTIMES = {
 }
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
-FOUNDATION = {"errors", "spec", "types", "intervals", "device", "linalg", "result", "vit"}
+FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "linalg", "result", "vit"}
 TOP = {"__main__", "cli", "console", "show"}
 ORCHESTRATION = {
     *(
@@ -29,6 +29,7 @@ ORCHESTRATION = {
         "candidates",
         "doctor",
         "duel",
+        "gating",
         "inference",
         "output",
         "pipeline",

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from compressor.gate import GateVerdict
-from compressor.gate_rules import Finding
+from compressor.gate.rules import Finding
 from compressor.types import Verdict
 
 __all__ = ["GateResult", "github", "junit", "markdown", "to_json"]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from compressor.charts import Curve, Point, curves, scatter
 from compressor.errors import ConfigError, DataError
 from compressor.intervals import paired_ratio, quantile_interval
+from compressor.report.charts import Curve, Point, curves, scatter
 from compressor.roofline import PARTS, fold
 from compressor.types import Array, OpRecord
 
@@ -46,7 +46,7 @@ def render(report: Json) -> str:
     from markupsafe import Markup
 
     page = Environment(
-        loader=PackageLoader("compressor"),
+        loader=PackageLoader("compressor.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -55,10 +55,10 @@ def render(report: Json) -> str:
     sections: dict[str, Callable[[Json], Any]] = {
         "headline": _headline,
         "targets": _targets,
-        "front": lambda r: Markup(chart) if (chart := _front(r)) else None,  # compressor.charts escapes
+        "front": lambda r: Markup(chart) if (chart := _front(r)) else None,  # compressor.report.charts escapes
         "blocks": _blocks,
         "parts": _parts,
-        "ecdf": lambda r: Markup(chart) if (chart := _ecdf(r)) else None,  # compressor.charts escapes
+        "ecdf": lambda r: Markup(chart) if (chart := _ecdf(r)) else None,  # compressor.report.charts escapes
         "sensitivity": _sensitivity,
         "parity": _parity,
         "contact": _contact,
