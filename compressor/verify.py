@@ -13,10 +13,11 @@ from compressor.types import Array, Parity, Precision
 __all__ = ["AGREEMENT_FLOOR", "TOLERANCE", "accuracy", "check_parity", "parity", "tolerance"]
 
 # Largest |difference| allowed, as a share of the largest |logit|. fp32: rounding of some thousand float32 additions in
-# another order. bf16: 8 bits of mantissa. Integers: a different CPU rounds single activations to the neighbouring step,
+# another order. fp16: 11 bits of mantissa. bf16: 8. Integers: a different CPU rounds single activations to the neighbouring step,
 # and such flips accumulate over the blocks. Used for golden outputs, which must hold on another machine of the same runtime.
 TOLERANCE: Mapping[Precision, float] = {
     "fp32": 1e-3,
+    "fp16": 2e-2,
     "bf16": 5e-2,
     "w8a8": 1e-1,
     "w8a16": 5e-2,
@@ -27,6 +28,7 @@ TOLERANCE: Mapping[Precision, float] = {
 # A built artifact whose top-1 classes agree less often than this with the model it was built from is broken, not imprecise.
 AGREEMENT_FLOOR: Mapping[Precision, float] = {
     "fp32": 0.99,
+    "fp16": 0.97,
     "bf16": 0.9,
     "w8a8": 0.8,
     "w8a16": 0.9,

@@ -11,11 +11,10 @@ Exact simplifications, each an identity of the network and none visible in the o
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
+from compressor.lower.activations import activation
 from compressor.lower.graph import CONTRIB, GraphBuilder
 from compressor.lower.qdq import Linears
 from compressor.types import BlockSpec, Capabilities, Model, Quantization
@@ -130,11 +129,22 @@ class _Tokens:
         k = self._heads(f"{name}.k", block, k, t)
         v = g.reshape(f"{name}.v.heads", v, (t, block.heads, block.v_dim))
         q, k, v = (g.op(f"{x.name}.transpose", "Transpose", x, perm=(0, 2, 1, 3)) for x in (q, k, v))  # (B, H, T, D)
+        if self.form.equal_heads:
+            q, k, v = (self._widened(x, d, block) for x, d in ((q, block.qk_dim), (k, block.qk_dim), (v, block.v_dim)))
         k = g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2))  # (B, H, D, T)
         scores = g.op(f"{name}.scores", "MatMul", q, k)
         o = g.op(f"{name}.values", "MatMul", g.op(f"{name}.softmax", "Softmax", scores, axis=3), v)
+        if self.form.equal_heads and block.v_dim < block.qk_dim:
+            o = g.slice(f"{name}.values.cut", o, 3, 0, block.v_dim)
         o = g.op(f"{name}.heads.transpose", "Transpose", o, perm=(0, 2, 1, 3))
         return g.reshape(f"{name}.heads", o, (rows, block.heads * block.v_dim))
+
+    def _widened(self, x: ir.Value, width: int, block: BlockSpec) -> ir.Value:
+        """(B, H, T, width) -> (B, H, T, the larger of q/k's and v's width), zeros behind."""
+        missing = max(block.qk_dim, block.v_dim) - width
+        if not missing:
+            return x
+        return self.graph.op(f"{x.name}.pad", "Pad", x, self.graph.ints(f"{x.name}.pads", [0] * 7 + [missing]))
 
     def _fused_attention(
         self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
@@ -159,10 +169,8 @@ class _Tokens:
         parts = (f"{name}.fc1", f"{name}.gate") if gated else (f"{name}.fc1",)
         y = self.linears.input(site, y, *parts)
         hidden, *gate = (self.linears.matmul(part, site, y, (part,), self.weights[f"{part}.bias"]) for part in parts)
-        if gated:
-            hidden = g.op(f"{name}.gated", "Mul", self._sigmoid_unit(f"{name}.act", gate[0], 1.0), hidden)
-        else:
-            hidden = self._activation(f"{name}.act", block, hidden)
+        act = activation(g, f"{name}.act", block.mlp, self.form.gelu, gate[0] if gated else hidden)
+        hidden = g.op(f"{name}.gated", "Mul", act, hidden) if gated else act
         hidden = self.linears.input(f"{name}.fc2", hidden, f"{name}.fc2")
         return self.linears.matmul(
             f"{name}.fc2", f"{name}.fc2", hidden, (f"{name}.fc2",), self.weights[f"{name}.fc2.bias"]
@@ -182,38 +190,6 @@ class _Tokens:
         return g.op(
             name, "Add", g.op(f"{name}.scale", "Mul", g.op(f"{name}.div", "Div", centred, deviation), scale), shift
         )
-
-    def _activation(self, name: str, block: BlockSpec, x: ir.Value) -> ir.Value:
-        if block.mlp == "quick_gelu":
-            return self._sigmoid_unit(name, x, 1.702)
-        tanh = block.mlp == "gelu_tanh"
-        if self.form.gelu == "node" and self.graph.opset >= 20:
-            return self.graph.op(name, "Gelu", x, **({"approximate": "tanh"} if tanh else {}))
-        return self._tanh_gelu(name, x) if tanh or self.form.gelu == "tanh" else self._erf_gelu(name, x)
-
-    def _sigmoid_unit(self, name: str, x: ir.Value, slope: float) -> ir.Value:
-        """``x * sigmoid(slope * x)``: SiLU, and the quick GELU."""
-        g = self.graph
-        scaled = x if slope == 1.0 else g.op(f"{name}.slope", "Mul", x, g.floats("sigmoid.slope", slope))
-        return g.op(name, "Mul", x, g.op(f"{name}.sigmoid", "Sigmoid", scaled))
-
-    def _erf_gelu(self, name: str, x: ir.Value) -> ir.Value:
-        """``0.5 x (1 + erf(x / sqrt 2))`` in the order of operations that runtimes recognize."""
-        g = self.graph
-        erf = g.op(f"{name}.erf", "Erf", g.op(f"{name}.div", "Div", x, g.floats("gelu.sqrt2", math.sqrt(2.0))))
-        one = g.op(f"{name}.one", "Add", erf, g.floats("gelu.one", 1.0))
-        return g.op(name, "Mul", g.op(f"{name}.mul", "Mul", x, one), g.floats("gelu.half", 0.5))
-
-    def _tanh_gelu(self, name: str, x: ir.Value) -> ir.Value:
-        """``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``."""
-        g = self.graph
-        cube = g.op(f"{name}.cube", "Mul", g.op(f"{name}.square", "Mul", x, x), x)
-        inner = g.op(f"{name}.inner", "Add", x, g.op(f"{name}.cubic", "Mul", cube, g.floats("gelu.cubic", 0.044715)))
-        tanh = g.op(
-            f"{name}.tanh", "Tanh", g.op(f"{name}.arg", "Mul", inner, g.floats("gelu.slope", math.sqrt(2.0 / math.pi)))
-        )
-        one = g.op(f"{name}.one", "Add", tanh, g.floats("gelu.one", 1.0))
-        return g.op(name, "Mul", g.op(f"{name}.mul", "Mul", x, one), g.floats("gelu.half", 0.5))
 
     # ------------------------------------------------------------------ pooling and head
 

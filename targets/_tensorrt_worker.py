@@ -1,0 +1,257 @@
+"""Talks to TensorRT 10 and 11 and to TensorRT-RTX, whose Python packages differ in a handful of calls: the only file that does.
+
+Plain functions ``name(arguments, arrays) -> (result, arrays)``: run by an environment of its own (TensorRT-RTX, see
+`_venv_worker.py`) or called directly where the library is installed (TensorRT). Imports NumPy and the vendor's package only.
+Device memory goes through the CUDA driver, which is there wherever a GPU is: no CUDA toolkit, no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["build", "engine", "load", "profile", "run"]
+
+RTX = "tensorrt_rtx_bindings"
+RUNS = 5  # profiled executions, the first being warm-up
+
+
+@functools.cache
+def library(package: str) -> Any:
+    """`package`, "tensorrt" or "tensorrt_rtx_bindings"; the shared libraries of the latter are loaded first."""
+    if package == RTX:
+        importlib.import_module("tensorrt_rtx_libs")
+    return importlib.import_module(package)
+
+
+@functools.cache
+def logger(package: str) -> Any:
+    """Keeps what the library says; the layer table of a build is among it, and needs no GPU to read."""
+    trt = library(package)
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.lines.append((severity.name, message))
+
+        def errors(self) -> str:
+            return "; ".join(text.strip() for level, text in self.lines if level in ("ERROR", "INTERNAL_ERROR"))
+
+    return Log()
+
+
+def build(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An engine file ``arguments["engine"]`` from the ONNX file ``arguments["onnx"]``, always strongly typed.
+
+    Args:
+        arguments: ``package``; ``input`` its name, ``shapes`` [least, typical, largest] of it; for RTX ``chip``, "SM89" or
+            so, empty for every chip from Ampere on; for TensorRT ``timing_cache``, a file reused between builds, and
+            ``portable``, one of "", "hardware", "version".
+        arrays: none.
+
+    Returns:
+        ``network``: [name, type, output type] of every layer as parsed; ``layers``: one line per layer of the engine;
+        ``version``, ``seconds``, ``warnings``.
+    """
+    del arrays  # Unused
+    trt, log = library(arguments["package"]), logger(arguments["package"])
+    log.lines.clear()
+    builder = trt.Builder(log)
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(arguments["onnx"]):
+        raise ValueError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+    config = configure(builder, arguments)
+    started = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError(log.errors() or "no engine and no reason")
+    seconds = time.perf_counter() - started
+    keep_timings(config, arguments)
+    Path(arguments["engine"]).write_bytes(bytes(plan))
+    result = {
+        "network": [describe(network.get_layer(i)) for i in range(network.num_layers)],
+        "layers": layer_lines(log),
+        "version": trt.__version__,
+        "seconds": seconds,
+        "warnings": [text.strip() for level, text in log.lines if level == "WARNING"],
+    }
+    return result, {}
+
+
+def configure(builder: Any, arguments: dict[str, Any]) -> Any:
+    """The builder's options; raises ValueError for a chip the library does not know."""
+    trt, config = library(arguments["package"]), builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    shapes = builder.create_optimization_profile()
+    shapes.set_shape(arguments["input"], *map(tuple, arguments["shapes"]))
+    config.add_optimization_profile(shapes)
+    if arguments["package"] == RTX:
+        if arguments["chip"]:
+            known = trt.ComputeCapability.__members__
+            if arguments["chip"] not in known:
+                raise ValueError(f"chip must be one of {', '.join(c for c in known if c != 'NONE')}")
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(known[arguments["chip"]], 0)
+        return config
+    if arguments["portable"] == "hardware":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if arguments["portable"] == "version":
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if arguments["timing_cache"]:
+        path = Path(arguments["timing_cache"])
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return config
+
+
+def keep_timings(config: Any, arguments: dict[str, Any]) -> None:
+    """What the builder measured, stored for the next build."""
+    if arguments["package"] != RTX and arguments["timing_cache"]:
+        Path(arguments["timing_cache"]).write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def describe(layer: Any) -> list[str]:
+    """Name, type and output type of one layer of the parsed network."""
+    return [layer.name, layer.type.name, layer.get_output(0).dtype.name if layer.num_outputs else ""]
+
+
+def layer_lines(log: Any) -> list[str]:
+    """The engine's layers, one "Name: ..., LayerType: ..., ..." line each, as the builder lists them in its log."""
+    return [
+        line
+        for _, text in log.lines
+        for line in text.splitlines()
+        if line.startswith("Name: ") and "LayerType: " in line
+    ]
+
+
+# --------------------------------------------------------------------------- execution, where a GPU is
+
+
+def cuda(function: str, *arguments: Any) -> None:
+    """One call of the CUDA driver, checked."""
+    code = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
+    if code:
+        raise RuntimeError(f"{function} failed with CUDA error {code}")
+
+
+class Buffer:
+    """Device memory of a fixed size."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._address = ctypes.c_uint64()
+        cuda("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(size))
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
+        return int(self._address.value)
+
+    def write(self, array: Any) -> None:
+        """Copy `array` to the device."""
+        cuda("cuMemcpyHtoD_v2", self._address, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+
+    def read(self, array: Any) -> None:
+        """Copy the device's bytes into `array`."""
+        cuda("cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), self._address, ctypes.c_size_t(array.nbytes))
+
+    def __del__(self) -> None:
+        if self._address.value:
+            cuda("cuMemFree_v2", self._address)
+
+
+class Engine:
+    """A deserialized engine with one execution context and one stream; inputs and outputs are float32."""
+
+    def __init__(self, package: str, path: str) -> None:
+        trt, log = library(package), logger(package)
+        device, context, self._stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        cuda("cuInit", 0)
+        cuda("cuDeviceGet", ctypes.byref(device), 0)
+        cuda("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        cuda("cuCtxSetCurrent", context)
+        cuda("cuStreamCreate", ctypes.byref(self._stream), 1)
+        self._log = log
+        log.lines.clear()
+        self._runtime = trt.Runtime(log)
+        self.engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
+        self.context: Any = self.engine.create_execution_context() if self.engine else None
+        if self.context is None:
+            raise RuntimeError(log.errors() or "the engine does not load")
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        modes = {name: self.engine.get_tensor_mode(name).name for name in names}
+        self.inputs = [name for name in names if modes[name] == "INPUT"]
+        self.outputs = [name for name in names if modes[name] == "OUTPUT"]
+        self._buffers: dict[str, Buffer] = {}
+
+    def run(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name, from host memory to host memory."""
+        for name in self.inputs:
+            array = np.ascontiguousarray(arrays[name], dtype=np.float32)
+            self.context.set_input_shape(name, array.shape)
+            self._place(name, array.nbytes).write(array)
+        results = {n: np.empty(tuple(self.context.get_tensor_shape(n)), dtype=np.float32) for n in self.outputs}
+        for name, array in results.items():
+            self._place(name, array.nbytes)
+        if not self.context.execute_async_v3(self._stream.value):
+            raise RuntimeError(self._log.errors() or "the engine does not run")
+        cuda("cuStreamSynchronize", self._stream)
+        for name, array in results.items():
+            self._buffers[name].read(array)
+        return results
+
+    def _place(self, name: str, size: int) -> Buffer:
+        if name not in self._buffers or self._buffers[name].size < size:
+            self._buffers[name] = Buffer(size)
+        self.context.set_tensor_address(name, self._buffers[name].address)
+        return self._buffers[name]
+
+
+@functools.lru_cache(maxsize=8)
+def engine(package: str, path: str) -> Engine:
+    """The engine in file `path`, loaded once."""
+    return Engine(package, path)
+
+
+def load(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load ``arguments["engine"]``; its input and output names."""
+    del arrays  # Unused
+    loaded = engine(arguments["package"], arguments["engine"])
+    return {"inputs": loaded.inputs, "outputs": loaded.outputs}, {}
+
+
+def run(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Outputs of ``arguments["engine"]`` for `arrays`."""
+    return {}, engine(arguments["package"], arguments["engine"]).run(arrays)
+
+
+def profile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``times``: median milliseconds by layer name over a few executions of ``arguments["engine"]``."""
+    trt, loaded = library(arguments["package"]), engine(arguments["package"], arguments["engine"])
+    taken: dict[str, list[float]] = {}
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            taken.setdefault(layer_name, []).append(ms)
+
+    watcher = Profiler()
+    loaded.context.profiler = watcher
+    for _ in range(RUNS):
+        loaded.run(arrays)
+    loaded.context.profiler = None
+    return {"times": {name: float(np.median(ms[1:] or ms)) for name, ms in taken.items()}}, {}

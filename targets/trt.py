@@ -1,0 +1,75 @@
+"""TensorRT 10 and 11: a build plan made anywhere, an engine made on the machine with the GPU.
+
+TensorRT's builder times kernels on the GPU it builds for, and its libraries come from the vendor (Jetson: with JetPack). So
+`plan` writes the strongly typed graph where the model is compressed, and `build_engine` makes the engine where it will run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.types import Artifact, Availability, BuildOptions
+from targets import _tensorrt
+from targets._tensorrt import CAPABILITIES, EngineSession
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "build_engine", "open", "plan"]
+
+NAME = "tensorrt"
+PACKAGE = "tensorrt"
+FIX = "On the machine with the GPU: pip install 'vitrim[tensorrt]' (Jetson: TensorRT comes with JetPack)"
+
+
+def available() -> Availability:
+    """Whether TensorRT can be imported; without it there are still build plans."""
+    if find_spec(PACKAGE) is None:
+        return Availability(available=False, reason="tensorrt is not installed", fix=FIX)
+    import tensorrt
+
+    return Availability(available=True, version=tensorrt.__version__)
+
+
+def plan(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """The strongly typed graph under ``options.out_dir``, to be made an engine by `build_engine`; needs no vendor library."""
+    return _tensorrt.plan(NAME, graph, options)
+
+
+def build_engine(artifact: Artifact, out_dir: Path) -> Artifact:
+    """The engine of build plan `artifact` for the GPU of this machine.
+
+    Kernel timings are kept in ``out_dir / "timings.cache"`` and reused. A plan whose chip is "ampere+" makes an engine for
+    every GPU from Ampere on, "version+" one that later TensorRT releases load too; both cost speed.
+
+    Raises:
+        TargetUnavailable: TensorRT is not installed, or refused.
+    """
+    portable = {"ampere+": "hardware", "version+": "version"}.get(artifact.settings.get("chip", ""), "")
+    settings = {"package": PACKAGE, "timing_cache": str(out_dir / "timings.cache"), "portable": portable}
+    return _tensorrt.build_engine(artifact, out_dir, settings, _tensorrt.here(NAME, FIX))
+
+
+def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """An engine under ``options.out_dir`` for the GPU of this machine.
+
+    Raises:
+        ConfigError: TensorRT does not run ``options.precision``.
+        TargetUnavailable: TensorRT is not installed, or refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
+        planned = plan(graph, BuildOptions(Path(folder), options.precision, options.name, chip=options.chip))
+        return build_engine(planned, options.out_dir)
+
+
+def open(artifact: Artifact, threads: int = 1) -> EngineSession:
+    """A session on this machine's GPU; `threads` has no meaning there.
+
+    Raises:
+        TargetUnavailable: TensorRT is not installed, there is no GPU, or `artifact` is a build plan.
+    """
+    del threads  # Unused
+    return EngineSession(artifact, PACKAGE, _tensorrt.here(NAME, FIX))
