@@ -6,7 +6,7 @@ The same calls give the same bytes: names are never generated, and insertion ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,19 @@ class GraphBuilder:
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """The initializer `name`; a second call with the same name returns the first one."""
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
+        return self._initializer(name, tensor, array.shape)
+
+    def deferred(self, name: str, shape: Sequence[int], dtype: type[np.generic], make: Callable[[], Array]) -> ir.Value:
+        """The initializer `name` whose array is made when the graph is written: the graph holds no copy of the weights."""
+        kind, size = ir.DataType.from_numpy(np.dtype(dtype)), ir.Shape(shape)
+        tensor = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=kind, shape=size, name=name)
+        return self._initializer(name, tensor, shape)
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
         if name not in self._constants:
-            tensor = ir.tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
-            self._constants[name] = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
+            kind = ir.TensorType(tensor.dtype)
+            self._constants[name] = ir.Value(name=name, shape=ir.Shape(shape), type=kind, const_value=tensor)
         return self._constants[name]
 
     def ints(self, name: str, values: Sequence[int]) -> ir.Value:
