@@ -17,7 +17,6 @@ import numpy as np
 
 import targets
 from compressor.errors import ConfigError, TargetUnavailable
-from compressor.lower import lower
 from compressor.profile import ProfileConfig, faster, interleave
 from compressor.types import (
     Array,
@@ -33,7 +32,7 @@ from compressor.types import (
 )
 from compressor.verify import check_parity
 
-__all__ = ["Candidate", "Outcome", "build", "contest", "logits", "open_model", "precisions", "require"]
+__all__ = ["Candidate", "Outcome", "build", "choose", "contest", "logits", "open_model", "precisions", "require"]
 
 FLOAT: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 RACE_SECONDS = 4.0  # of each contestant's share of an interleaved race
@@ -65,6 +64,8 @@ def precisions(name: str, wanted: str) -> tuple[Precision, ...]:
 
 def build(model: Model, name: str, options: BuildOptions, quantization: Quantization | None = None) -> Artifact:
     """`model` as an artifact of target `name` in ``options.out_dir``; `quantization` is used when the precision has integers."""
+    from compressor.lower import lower  # onnx-ir is not part of a device install
+
     target = targets.get(name)
     integer = options.precision not in FLOAT
     own = integer and options.quantizer == "vitrim"
@@ -161,7 +162,7 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path, *, threads: int
         feed = {reference.inputs[0].name: job.golden[:1]}
         times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
         candidates = tuple(_candidate(job, sessions[p], a, times[p]) for p, a in artifacts.items())
-        kept, reverted, reason = _choose(candidates, wanted, job.min_agreement)
+        kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
         ops, before = sessions[kept.artifact.precision].ops(feed), sessions["reference"].ops(feed)
     for loser in candidates:
         if loser is not kept:
@@ -178,7 +179,7 @@ def _candidate(job: Contest, session: Session, artifact: Artifact, samples_ns: t
     return Candidate(artifact, result, samples_ns, golden)
 
 
-def _choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:
+def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:
     """The kept candidate, whether a requested or possible quantized one was dropped for it, and why.
 
     The first candidate, fp32, is kept unless another is faster with its whole 95 % interval.

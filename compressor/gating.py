@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +14,15 @@ from compressor.bundle import Bundle
 from compressor.device import fingerprint
 from compressor.duel import Contender, DuelConfig, duel, profile_fresh
 from compressor.errors import ConfigError, DataError
-from compressor.gate import GateConfig, conclude_stored
+from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
+from compressor.history import append
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
 from compressor.types import Profile
 
-__all__ = ["GateOptions", "gate_bundles", "gate_stored"]
+__all__ = ["GateOptions", "gate_bundles", "gate_stored", "publish", "run_gate"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,42 @@ class GateOptions:
     rules: RuleConfig = field(default_factory=RuleConfig)
     duel: DuelConfig = field(default_factory=DuelConfig)
     cross_device: bool = False
+
+
+def run_gate(candidate: Path, baseline: Path | None, stored: Path | None, options: GateOptions) -> GateResult:
+    """`gate_bundles` or `gate_stored`, whichever of `baseline` and `stored` is given.
+
+    Raises:
+        ConfigError: both or neither are.
+    """
+    if baseline is not None and stored is None:
+        return gate_bundles(candidate, baseline, options)
+    if stored is not None and baseline is None:
+        return gate_stored(candidate, stored, options)
+    got = "neither" if baseline is None else "both"
+    raise ConfigError(f"gate: exactly one of --baseline and --stored must be given, got {got}.")
+
+
+def publish(
+    result: GateResult,
+    candidate: Path,
+    baseline: Path | None,
+    *,
+    junit: Path | None,
+    markdown: Path | None,
+    history: Path | None,
+) -> dict[str, Any]:
+    """Write the files that were asked for, annotate where GitHub runs us, and return the ``vitrim gate --json`` object."""
+    data = {"candidate": str(candidate), "baseline": str(baseline), **output.to_json(result)}
+    if junit is not None:
+        junit.write_text(output.junit(result, str(candidate)), encoding="utf-8")
+    if markdown is not None:
+        markdown.write_text(output.markdown(result, str(candidate), str(baseline)), encoding="utf-8")
+    if history is not None:
+        append(history, data)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print("\n".join(output.github(result)), file=sys.stderr)
+    return data
 
 
 def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptions) -> GateResult:
