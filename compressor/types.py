@@ -198,12 +198,13 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a target can run here; if not, why, and the command that fixes it."""
+    """Whether a target can build here; if not, why, and the command that fixes it."""
 
     available: bool
     version: str = ""
     reason: str = ""
     fix: str = ""
+    runs: bool = True  # False: what it builds runs on other hardware only
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ of the engine; speed needs a GPU.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,7 @@ from targets._tensorrt import CAPABILITIES, EngineSession
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "RECIPE", "available", "build", "build_engine", "open", "plan"]
+__all__ = ["CAPABILITIES", "NAME", "RECIPE", "available", "build", "build_engine", "install", "open", "plan"]
 
 NAME = "tensorrt-rtx"
 PACKAGE = "tensorrt_rtx_bindings"
@@ -39,10 +41,19 @@ WORKER = Path(__file__).with_name("_tensorrt_worker.py")
 
 
 def available() -> Availability:
-    """Whether engines can be built here: the package is installed, or its environment is."""
+    """Whether engines can be built here: the package is installed, or its environment is, which runs nothing."""
     if find_spec(PACKAGE) is not None:
         return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"))
-    return _venv.availability(RECIPE)
+    return replace(_venv.availability(RECIPE), runs=False)
+
+
+def install(say: Callable[[str], None]) -> Path:
+    """Create the builder's environment (about 300 MB); `say` gets one sentence per step.
+
+    Raises:
+        TargetUnavailable: pip failed; the log is kept beside the environment.
+    """
+    return _venv.install(RECIPE, say)
 
 
 def plan(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:

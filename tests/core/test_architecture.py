@@ -24,6 +24,7 @@ FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "lin
 TOP = {"__main__", "cli", "console", "show"}
 ORCHESTRATION = {
     *(
+        "build_plan",
         "bundle",
         "cache",
         "candidates",

@@ -1,0 +1,195 @@
+"""Engines made where they run: a bundle carries a build plan, and ``vitrim build`` on the device completes it.
+
+A builder that times kernels on its own GPU cannot run where the model is compressed. So a target may offer ``plan`` (the exact
+graphs, one per precision, made anywhere) and ``build_engine`` (made on the device). There every plan is built, proven against
+the golden logits and raced; the fastest that agrees is sealed into the bundle with its latency and the device's fingerprint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+import targets
+from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
+from compressor.candidates import Candidate, choose, logits, require
+from compressor.device import fingerprint
+from compressor.errors import BundleError, ConfigError
+from compressor.output import file_or_folder, write_json
+from compressor.profile import ProfileConfig, interleave
+from compressor.result import Result
+from compressor.types import Artifact, BuildOptions, Model, Precision, Quantization, Session, latency_ms
+from compressor.verify import check_parity
+from targets._artifacts import digest
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["build_bundle", "make_plan", "planner"]
+
+RACE_SECONDS = 4.0  # of each engine's share of the race
+
+
+class Planner(Protocol):
+    """What a target offers beside the usual when its engines are made on the device."""
+
+    def plan(self, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+        """The graph as the device's builder takes it, written under ``options.out_dir``."""
+        ...
+
+    def build_engine(self, artifact: Artifact, out_dir: Path) -> Artifact:
+        """The engine of plan `artifact`, for the device this runs on."""
+        ...
+
+
+def planner(name: str) -> Planner:
+    """Target `name`, which must offer plans.
+
+    Raises:
+        ConfigError: it has none: its artifacts are complete as `build` makes them.
+    """
+    target = targets.get(name)
+    if not hasattr(target, "plan") or not hasattr(target, "build_engine"):
+        raise ConfigError(
+            f"target must be one with build plans, got {name!r}.",
+            hint="Its artifacts are complete; nothing is left to build.",
+        )
+    return cast(Planner, target)
+
+
+def make_plan(
+    model: Model,
+    name: str,
+    precisions: tuple[Precision, ...],
+    quantizations: Mapping[Precision, Quantization],
+    out_dir: Path,
+) -> Artifact:
+    """One plan of `model` for target `name` per precision, as one artifact; the first precision is the one to beat.
+
+    Args:
+        model: the compressed float model.
+        name: of a target with plans.
+        precisions: to choose among on the device.
+        quantizations: by precision, for those with integers.
+        out_dir: receives ``PRECISION.onnx``.
+    """
+    from compressor.lower import lower
+
+    form = targets.get(name).CAPABILITIES
+    plans = [
+        planner(name).plan(lower(model, form, quantizations.get(p)), BuildOptions(out_dir, p, p)) for p in precisions
+    ]
+    files = tuple(plan.path for plan in plans)
+    size = sum(plan.size_bytes for plan in plans)
+    return replace(plans[0], files=files, sha256=digest(files), size_bytes=size)
+
+
+def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int = 1) -> Result:
+    """The bundle at `path` with the plans of target `name` replaced by the fastest engine that agrees, on this device.
+
+    Args:
+        path: a bundle folder or .zip.
+        name: of the target.
+        out: the completed bundle; None replaces the one at `path`.
+        threads: CPU threads of the sessions.
+
+    Raises:
+        BundleError: the bundle holds no plan for the target.
+        TargetUnavailable: the runtime is not installed here, or refused.
+        ParityError: an engine computes something else.
+    """
+    bundle = Bundle.open(path)
+    planned = bundle.artifact(name)
+    if planned.settings.get("stage") != "plan":
+        raise BundleError(
+            f"{path}: target {name!r} must be a build plan, got a built artifact.", hint="Run it as it is."
+        )
+    make = planner(name)
+    require(name)
+    goal = out or path
+    with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
+        shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
+        home = folder / "targets" / name
+        shutil.rmtree(home)
+        engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
+        kept, candidates, reason = _race(bundle, name, engines, threads)
+        for loser in candidates:
+            for file in set(loser.artifact.files) - set(kept.artifact.files):
+                file.unlink()
+        found = _account(name, kept, candidates, reason)
+        write_json(home / "build.json", found)
+        _seal(bundle, folder, kept)
+    lines = [f"{goal}: {name} {kept.artifact.precision}, {kept.p50:.3g} ms", f"  {reason}"]
+    return Result({"bundle": str(goal), **found}, lines)
+
+
+def _single(planned: Artifact, file: Path) -> Artifact:
+    """The plan of one precision, which is the file's name."""
+    precision = cast(Precision, file.stem)
+    return replace(
+        planned, path=file, files=(file,), sha256=sha256_file(file), size_bytes=file.stat().st_size, precision=precision
+    )
+
+
+def _race(
+    bundle: Bundle, name: str, engines: list[Artifact], threads: int
+) -> tuple[Candidate, tuple[Candidate, ...], str]:
+    golden, expected = bundle.golden["inputs"], bundle.golden["reference"]
+    with ExitStack() as stack:
+        sessions: dict[str, Session] = {}
+        for engine in engines:
+            session = targets.get(name).open(engine, threads=threads)
+            if hasattr(session, "close"):
+                stack.callback(session.close)
+            sessions[engine.precision] = session
+        outputs = {
+            e.precision: np.concatenate([logits(sessions[e.precision], e, x[None]) for x in golden]) for e in engines
+        }
+        parities = {
+            e.precision: check_parity(expected, outputs[e.precision], e.precision, f"{name} {e.precision}")
+            for e in engines
+        }
+        feed = {engines[0].inputs[0].name: golden[:1]}
+        times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
+    candidates = tuple(Candidate(e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines)
+    kept, _, reason = choose(candidates, "auto", 98.0)
+    return kept, candidates, reason
+
+
+def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reason: str) -> dict[str, Any]:
+    rows = [
+        {
+            "precision": c.artifact.precision,
+            "size_bytes": c.artifact.size_bytes,
+            "latency_ms": latency_ms(c.samples_ns),
+            "samples_ns": list(c.samples_ns),
+            "agreement": 100 * c.parity.agreement,
+            "settings": dict(c.artifact.settings),
+            "kept": c is kept,
+        }
+        for c in candidates
+    ]
+    return {
+        "target": name,
+        "precision": kept.artifact.precision,
+        "latency_ms": latency_ms(kept.samples_ns),
+        "reason": reason,
+        "candidates": rows,
+        "device": fingerprint(),
+    }
+
+
+def _seal(bundle: Bundle, folder: Path, kept: Candidate) -> None:
+    """The golden outputs of the engine beside the others', and a manifest over everything."""
+    name = kept.artifact.target
+    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": kept.golden}
+    np.savez(folder / "golden.npz", **arrays)
+    content = bundle.manifest.model_dump(exclude={"schema_version", "files"})
+    content["targets"][name] = artifact_entry(kept.artifact, folder).model_dump()
+    seal(folder, content)

@@ -1,0 +1,129 @@
+"""A plan made here, an engine made "on the device": a plug-in target whose builder is ONNX Runtime stands for the device."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import targets
+from compressor import build_plan, checkpoint
+from compressor.bundle import Bundle, artifact_entry, seal
+from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from tests.targets.networks import PLAIN, grids, model, pixels, pruned
+
+PLUGIN = '''
+"""Plans like TensorRT's; the "engine" is the plan's own graph, run by ONNX Runtime."""
+import shutil
+from dataclasses import replace
+from targets import _tensorrt, ort
+
+NAME, CAPABILITIES, available, open = "planned", _tensorrt.CAPABILITIES, ort.available, ort.open
+
+def plan(graph, options):
+    return _tensorrt.plan(NAME, graph, options)
+
+def build_engine(artifact, out_dir):
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f"{artifact.path.stem}.engine"
+    shutil.copy(artifact.path, path)
+    return replace(artifact, path=path, files=(path,), settings={"stage": "engine"})
+
+def build(graph, options):
+    return build_engine(plan(graph, options), options.out_dir)
+'''
+
+
+@pytest.fixture(autouse=True)
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed third-party package, found by its entry point as any other is."""
+    site = tmp_path / "site"
+    metadata = site / "planned_target-1.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "planned_target.py").write_text(PLUGIN)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planned-target\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[vitrim.targets]\nplanned = planned_target\n")
+    monkeypatch.syspath_prepend(str(site))
+
+
+def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
+    """A sealed bundle with a plan of three precisions, as `vitrim compress` would leave it."""
+    network = model(pruned(PLAIN))
+    folder.mkdir()
+    checkpoint.save(network, folder)
+    plan = build_plan.make_plan(
+        network, name, ("fp32", "fp16", "w8a8"), {"w8a8": grids(network)}, folder / "targets" / name
+    )
+    images = pixels(PLAIN, 8)
+    np.savez(folder / "golden.npz", inputs=images, reference=reference(seed, images))
+    content: dict[str, object] = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}
+    content |= {"spec": asdict(network.spec), "preprocess": asdict(network.preprocess), "labels": [], "seed": 0}
+    seal(folder, {**content, "targets": {name: artifact_entry(plan, folder).model_dump()}})
+    return folder
+
+
+def reference(seed: int, images: np.ndarray) -> np.ndarray:
+    import torch
+
+    from compressor.vit import to_torch
+
+    with torch.inference_mode():
+        return to_torch(model(pruned(PLAIN), seed))(torch.from_numpy(images)).numpy()
+
+
+def test_plan_is_the_same_bytes_every_time(tmp_path):
+    first, second = (Bundle.open(bundle(tmp_path / name)).artifact("planned") for name in "ab")
+    assert [f.name for f in first.files] == ["fp32.onnx", "fp16.onnx", "w8a8.onnx"]
+    assert first.sha256 == second.sha256
+
+
+def test_engine_is_built_proven_raced_and_sealed(tmp_path):
+    plan = bundle(tmp_path / "plan")
+    before = (plan / "manifest.json").read_bytes()
+    found = build_plan.build_bundle(plan, "planned", tmp_path / "built").data
+    built = Bundle.open(tmp_path / "built")  # checks every hash
+    kept = built.artifact("planned")
+    assert kept.settings == {"stage": "engine"}
+    assert kept.precision == found["precision"]
+    assert sorted(f.name for f in (tmp_path / "built" / "targets" / "planned").iterdir()) == sorted(
+        [f"{kept.precision}.engine", "build.json"]
+    )
+    assert built.check("planned")["passed"]
+    stored = json.loads((tmp_path / "built" / "targets" / "planned" / "build.json").read_text())
+    assert [row["precision"] for row in stored["candidates"]] == ["fp32", "fp16", "w8a8"]
+    fastest = min(stored["candidates"], key=lambda row: row["latency_ms"]["p50"])["latency_ms"]["p50"]
+    eligible = [row for row in stored["candidates"] if row["kept"] or row["precision"] == "fp32"]
+    assert stored["latency_ms"]["p50"] == min(row["latency_ms"]["p50"] for row in eligible) >= fastest
+    assert (plan / "manifest.json").read_bytes() == before  # the plan is left for the next device
+
+
+def test_bundle_is_replaced_in_place_without_out(tmp_path):
+    plan = bundle(tmp_path / "plan")
+    build_plan.build_bundle(plan, "planned")
+    assert Bundle.open(plan).artifact("planned").settings == {"stage": "engine"}
+    with pytest.raises(BundleError, match="build plan"):  # nothing is left to build
+        build_plan.build_bundle(plan, "planned")
+
+
+def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):
+    plan = bundle(tmp_path / "plan", seed=1)  # golden logits of other weights
+    before = (plan / "manifest.json").read_bytes()
+    with pytest.raises(ParityError, match="planned fp32"):
+        build_plan.build_bundle(plan, "planned")
+    assert (plan / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_tensorrt_plan_without_tensorrt_says_what_to_install(tmp_path):
+    if targets.get("tensorrt").available().available:
+        pytest.skip("TensorRT is installed here")
+    plan = bundle(tmp_path / "plan", "tensorrt")
+    with pytest.raises(TargetUnavailable, match="tensorrt") as caught:
+        build_plan.build_bundle(plan, "tensorrt")
+    assert "JetPack" in caught.value.hint
+
+
+def test_target_without_plans_is_refused():
+    with pytest.raises(ConfigError, match="'ort'"):
+        build_plan.planner("ort")
