@@ -174,7 +174,7 @@ def duel(candidate: Contender, baseline: Contender, gate: GateConfig, config: Du
     """
     config, elapsed = config or DuelConfig(), timer()
     coins, runs = Random(gate.seed), [list[Pair]()]
-    while (step := next_step([[p.ratio for p in run] for run in runs], gate)) != "stop":
+    while (step := next_step([[p.ratio for p in run] for run in runs], gate)) in ("measure", "confirm"):
         if step == "confirm":
             runs.append([])
         if runs[0] and elapsed() > config.budget_s:

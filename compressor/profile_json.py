@@ -58,8 +58,8 @@ def from_json(data: Mapping[str, Any]) -> Profile:
             target=str(data["target"]),
             samples_ns=_times(data["samples_ns"]),
             **{key: int(data[key]) for key in ("warmup", "threads", "batch", "peak_rss_bytes")},
-            load_ms=float(data["load_ms"]),
-            first_run_ms=float(data["first_run_ms"]),
+            load_ms=_duration(data, "load_ms"),
+            first_run_ms=_duration(data, "first_run_ms"),
             device=dict(data["device"]),
             ops=tuple(
                 OpRecord(**{k: v for k, v in op.items() if k in OpRecord.__annotations__}) for op in data.get("ops", ())
@@ -70,6 +70,13 @@ def from_json(data: Mapping[str, Any]) -> Profile:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"Stored profile must be the object 'vitrim profile --json' prints: {what}.") from error
+
+
+def _duration(data: Mapping[str, Any], key: str) -> float:
+    value = float(data[key])
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{key} must be a duration, got {value}")
+    return value
 
 
 def _times(values: Any) -> tuple[int, ...]:

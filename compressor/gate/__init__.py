@@ -11,14 +11,14 @@ artifacts are the same, swapping the names therefore gives an equally likely exp
 grow when a neighbour wakes up, may depend on the past. For unequal artifacts the assumption is that noise multiplies
 both alike.
 
-**The test.** For x symmetric about 0 and any fixed b, E[1 + tanh(b x)] = 1, since tanh is odd. So for a hypothesis
+**The test.** For x symmetric about 0 and any fixed b, E[1 + c tanh(b x)] = 1, since tanh is odd. So for a hypothesis
 "ratio <= exp(t)"
 
-    E_n(t) = mean over b of  prod_i (1 + tanh(b (y_i - t)))
+    E_n(t) = mean over b of  prod_i (1 + c tanh(b (y_i - t)))
 
 is a non-negative supermartingale starting at 1, and by Ville's inequality P(E_n(t) ever reaches 1/a) <= a: one may look
-after every pair and stop when the answer is clear. Each factor lies in (0, 2): an outlier can never decide, and eight
-to ten clean pairs suffice. b is a scale (small: averages, for noise larger than the effect; large: counts signs); the
+after every pair and stop when the answer is clear. Each factor lies in (1 - c, 1 + c) = (0.2, 1.8): an outlier can
+neither decide nor undo more than three pairs, and eight clean pairs suffice. b is a scale (small: averages, for noise larger than the effect; large: counts signs); the
 mean over four values costs at most log 4 of evidence and needs no tuning. Where E_n(t) < 1/a is a confidence sequence
 for the ratio.
 
@@ -30,7 +30,7 @@ Both errors, failing when the ratio is within the limit and passing when it is b
 
 Source: J. Ville 1939, Etude critique de la notion de collectif; A. Ramdas, J. Ruf, M. Larsson, W. Koolen 2020,
 arXiv:2009.03167 (tests of symmetry are products of 1 + odd function); S. Howard, A. Ramdas, J. McAuliffe, J. Sekhon
-2021, arXiv:1810.08240 (confidence sequences). Ours: tanh as the odd function (bounded, monotone, so that bounds are
+2021, arXiv:1810.08240 (confidence sequences). Ours: c tanh as the odd function (bounded, monotone, so that bounds are
 found by bisection), the grid of b, and the split of a over two runs.
 
 Not covered: a bias that coins cannot move, such as one artifact lying on a slower disk and being paged in while timed.
@@ -51,9 +51,10 @@ from compressor.types import Array, Profile, Verdict
 
 __all__ = ["GateConfig", "GateVerdict", "bounds", "conclude", "conclude_stored", "log_evidence", "next_step"]
 
+STAKE = 0.8  # c
 SCALES = np.array([10.0, 30.0, 100.0, 300.0])  # b, per unit of log ratio: noise of about 10 %, 3 %, 1 %, 0.3 %
 FEWEST_FOR_NOISE = 5  # pairs from which the noise is estimated
-RESAMPLES = 200
+RESAMPLES = 100
 POWER = 0.8
 Runs = Sequence[Sequence[float]]
 
@@ -79,9 +80,8 @@ class GateConfig:
             raise ConfigError(f"GateConfig.max_regression must be above -1, got {self.max_regression}.")
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(f"GateConfig.confidence must be in [0.5, 1), got {self.confidence}.")
-        fewest = math.ceil(
-            math.log2(len(SCALES) / (1 - self.confidence))
-        )  # Below, even perfect agreement decides nothing
+        # Below, even perfect agreement decides nothing
+        fewest = math.ceil(math.log(1 / (1 - self.confidence)) / math.log(1 + STAKE))
         if self.max_pairs < fewest:
             raise ConfigError(
                 f"GateConfig.max_pairs must be at least {fewest} at this confidence, got {self.max_pairs}."
@@ -101,8 +101,8 @@ class GateVerdict(Verdict):
         ratio: candidate time / baseline time.
         ratio_ci: lower and upper bound, each holding with the confidence asked for.
         limit: largest allowed ratio.
-        min_detectable: smallest true ratio that would have been found 4 times out of 5 with the pairs allowed and this
-        noise. pairs: process pairs measured, confirmation included.
+        min_detectable: smallest true ratio found 4 times out of 5 with this noise and the pairs allowed.
+        pairs: process pairs measured, confirmation included.
         confirmed: whether a second, independent run failed too.
     """
 
@@ -114,8 +114,8 @@ class GateVerdict(Verdict):
     confirmed: bool = False
 
 
-def next_step(runs: Runs, config: GateConfig) -> Literal["measure", "confirm", "stop"]:
-    """What to do after the pairs in `runs`: another pair in the last run, a second run, or nothing more.
+def next_step(runs: Runs, config: GateConfig) -> Literal["measure", "confirm", "pass", "fail", "inconclusive"]:
+    """What to do after the pairs in `runs`: measure another pair in the last run, begin a second run, or stop with a verdict.
 
     Args:
         runs: candidate / baseline ratio of every pair; one list, or two once a confirmation has begun.
@@ -123,10 +123,10 @@ def next_step(runs: Runs, config: GateConfig) -> Literal["measure", "confirm", "
     """
     decided = _decision(runs, config)
     if decided != "inconclusive":
-        return "stop"
+        return decided
     if len(runs) == 1 and _slower(runs[0], config):
         return "confirm"
-    return "measure" if len(runs[-1]) < config.max_pairs else "stop"
+    return "measure" if len(runs[-1]) < config.max_pairs else "inconclusive"
 
 
 def conclude(runs: Runs, config: GateConfig) -> GateVerdict:
@@ -153,7 +153,7 @@ def log_evidence(ratios: Sequence[float], limit: float) -> float:
     """log E_n against "the true ratio is at most `limit`"; reaching log(1/a) refutes it at error a.
 
     >>> round(log_evidence([1.08] * 8, 1.0), 2), log_evidence([], 1.0)
-    (5.3, 0.0)
+    (4.48, 0.0)
     """
     return float(_running(_logs(ratios) - math.log(limit))[-1]) if len(ratios) else 0.0
 
@@ -223,8 +223,7 @@ def _slower(run: Sequence[float], config: GateConfig) -> bool:
 
 def _running(x: Array) -> Array:
     """log E after each value: (..., n) -> (..., n)."""
-    # log(1 + tanh z) = log 2 - log(1 + exp(-2 z)), which neither overflows nor loses the small factors
-    total = np.cumsum(math.log(2) - np.logaddexp(0.0, -2.0 * x[..., None] * SCALES), axis=-2)
+    total = np.cumsum(np.log1p(STAKE * np.tanh(x[..., None] * SCALES)), axis=-2)
     top = total.max(axis=-1)
     result: Array = top + np.log(np.exp(total - top[..., None]).mean(axis=-1))
     return result
@@ -241,7 +240,7 @@ def _last_true(holds: Callable[[float], bool], low: float, high: float) -> float
     """Largest theta in [low, high] for which `holds` (true below, false above); None when it never does."""
     if not holds(low):
         return None
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
