@@ -53,12 +53,15 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@command(app, "doctor", "vitrim doctor --json")
-def doctor(console: Console) -> Result:
+@command(app, "doctor", "vitrim doctor --json", "vitrim doctor --install bpu")
+def doctor(
+    console: Console,
+    install: Annotated[str | None, typer.Option(help="Create the environment of a vendor's compiler.")] = None,
+) -> Result:
     """Say which targets can run here, and what to install for the others."""
-    from compressor.doctor import examine
+    from compressor import doctor
 
-    return examine()
+    return doctor.install(install, console.note) if install else doctor.examine()
 
 
 @command(
@@ -98,6 +101,17 @@ def compress(
     vo_ratio: Annotated[
         float | None, typer.Option(help="Fraction of value/output dimensions removed (obs only).")
     ] = None,
+    head_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of every block's heads removed (obs only).")
+    ] = None,
+    drop_blocks: Annotated[
+        int | None, typer.Option(help="Whole blocks removed, least important first (obs only).")
+    ] = None,
+    target_macs: Annotated[
+        float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block.")
+    ] = None,
+    target_params: Annotated[float | None, typer.Option(help="Share of parameters to keep, likewise.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Ridge of the fits; default: by held-out error.")] = None,
     pruner: Annotated[Pruner | None, typer.Option(help="obs (default) or corp, the published method.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, w8a8, ... or auto: the fastest that agrees.")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
+from collections.abc import Callable
 
 import targets
 from compressor import __version__
 from compressor.device import fingerprint
+from compressor.errors import ConfigError
 from compressor.result import Result
 
-__all__ = ["examine"]
+__all__ = ["examine", "install"]
 
 
 def examine() -> Result:
@@ -40,3 +42,23 @@ def examine() -> Result:
         if not row["available"] and row["fix"]:
             lines.append(f"  {'':<10} fix: {row['fix']}")
     return Result(found, lines)
+
+
+def install(name: str, note: Callable[[str], None]) -> Result:
+    """Create the virtual environment that target `name`'s vendor tool needs; `note` gets one sentence per step.
+
+    Raises:
+        ConfigError: the target has no environment of its own; the hint says what to install instead.
+        TargetUnavailable: the installation failed.
+    """
+    target = targets.get(name)
+    make = getattr(target, "install", None)
+    if make is None:
+        state = target.available()
+        hint = "It is ready." if state.available else f"Install it: {state.fix}"
+        known = ", ".join(n for n in targets.names() if hasattr(targets.get(n), "install")) or "none"
+        raise ConfigError(
+            f"--install must name a target with an environment of its own ({known}), got {name!r}.", hint=hint
+        )
+    folder = make(note)
+    return Result({"installed": name, "folder": str(folder)}, [f"Installed {name} in {folder}"])
