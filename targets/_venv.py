@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,7 +179,7 @@ class Worker:
     Args:
         recipe: of the environment.
         script: file of plain functions, run by the environment's interpreter.
-        log: receives everything the vendor's tool prints; appended to.
+        log: receives everything the vendor's tool prints; appended to. None: one that ends with the worker.
         limits: seconds per call, memory of the process.
         known: fragment of the log -> what it means and what to do, for failures that have been understood.
 
@@ -190,7 +191,7 @@ class Worker:
         self,
         recipe: Recipe,
         script: Path,
-        log: Path,
+        log: Path | None = None,
         limits: Limits | None = None,
         known: Mapping[str, str] | None = None,
     ) -> None:
@@ -199,29 +200,30 @@ class Worker:
             raise TargetUnavailable(
                 f"Target {recipe.name!r} is not available: {state.reason}.", hint=f"Run: {state.fix}"
             )
-        self.log = log
         self._recipe, self._limits, self._known = recipe, limits or Limits(), known or {}
-        self._scratch = tempfile.TemporaryDirectory(prefix="vitrim-")
+        self._scratch = Path(tempfile.mkdtemp(prefix="vitrim-"))
+        self.log = log or self._scratch / "log"
         python = _python(recipe)
         command = [str(python), "-I", str(HOST), str(script), str(self._limits.memory_bytes)]
         environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
-        with log.open("ab") as stream:
+        with self.log.open("ab") as stream:
             self._start = stream.tell()
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                cwd=self._scratch.name,
+                cwd=self._scratch,
                 env=environment,
                 start_new_session=True,
             )
+        self._end = weakref.finalize(self, _end, self._process, self._scratch)  # also when nobody closes it
 
     def call(
         self, name: str, arguments: Mapping[str, Any], arrays: Mapping[str, Array] | None = None
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """What function `name` of the script returns for `arguments` (JSON) and `arrays`."""
-        scratch = Path(self._scratch.name)
+        scratch = self._scratch
         given: dict[str, Any] = dict(arrays or {})
         if given:
             np.savez(scratch / "in.npz", **given)
@@ -250,7 +252,7 @@ class Worker:
         while not buffer.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([stream], [], [], left)[0]:
-                self._kill()
+                _kill(self._process)
                 raise self._failure(name, f"no answer within {self._limits.seconds:g} s, so it was stopped")
             chunk = os.read(stream, 1 << 16)
             if not chunk:
@@ -270,20 +272,9 @@ class Worker:
             hint=f"{' '.join(hints)} Its log is {self.log}.".strip(),
         )
 
-    def _kill(self) -> None:
-        """End the worker and every process it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
     def close(self) -> None:
         """End the process; its scratch folder goes with it."""
-        self._kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        self._scratch.cleanup()
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -293,9 +284,21 @@ class Worker:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_process") and self._process.returncode is None:
-            self.close()
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a worker and every process it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end(process: subprocess.Popen[bytes], scratch: Path) -> None:
+    _kill(process)
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            if stream is not None:
+                stream.close()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _how(code: int) -> str:

@@ -225,7 +225,10 @@ class _Conv:
         if spec.norm_after_pool:
             pooled = self._normalize("norm", pooled)
         logits = self._conv("head", pooled, folds.head_kernel(weight, read), bias)
-        return logits if self.form.logits == "map" else g.reshape("logits", logits, (width,))
+        if self.form.logits == "matrix":
+            return g.reshape("logits", logits, (width,))
+        logits.name = "logits"
+        return logits
 
     def _pool(self, x: ir.Value) -> ir.Value:
         """(B, C, 1, rows) -> (B, C, 1, 1 or 2): what the head reads, side by side."""

@@ -1,0 +1,213 @@
+"""D-Robotics RDK (Horizon BPU): compiled by the vendor's mapper, simulated on x86, latency from the compiler's timing model.
+
+The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout; the mapper calibrates and quantizes it
+itself on the images it is given. Measured with mapper 1.24.3, one to nine blocks: every operation is placed on the BPU, in one
+subgraph. Softmax as one node would be a CPU operation and a crossing per block, and the option that moves it to the BPU makes
+the compiler run for minutes without end; logits of rank 2 would be a reshape on the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.errors import ConfigError, TargetUnavailable
+from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
+from targets import _estimate, _venv
+from targets._artifacts import check_files, check_precision, describe, tensor_specs
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "compile_graph", "install", "open"]
+
+NAME = "bpu"
+CAPABILITIES = Capabilities(
+    layout="conv",
+    opset=11,
+    precisions=("w8a8",),
+    norm="conv",
+    gelu="erf",  # the mapper turns the whole pattern into one table look-up
+    softmax="exp_conv",
+    logits="map",
+    qdq="none",
+    batch="static",
+)
+CHIPS = ("bayes-e", "bayes", "bernoulli2")  # RDK X5, RDK Ultra, RDK X3
+EFFORTS = ("O0", "O1", "O2", "O3")
+LIMITS = _venv.Limits(seconds=3600)
+SCRIPT = Path(__file__).with_name("_bpu_worker.py")
+RECIPE = _venv.Recipe(
+    name=NAME,
+    python="3.10",
+    steps=(
+        ("--no-deps", "dgdk==1.0.0", "dg_nn_toolkit==1.0.0", "rdkx5_yolo_mapper==1.0.0"),
+        (
+            *("numpy==1.23.0", "onnx==1.15.0", "onnxruntime==1.16.2", "protobuf==3.20.3", "opencv-python==4.6.0.66"),
+            *("scipy==1.13.1", "scikit-image==0.19.0", "click", "pyyaml", "schema", "easydict", "pathos", "absl-py"),
+            *("graphviz", "jinja2", "tqdm", "paramiko", "psutil", "Pillow", "pydot", "six", "tabulate"),
+            *("msgpack-numpy", "multiprocess", "matplotlib", "pycocotools"),
+        ),
+    ),
+    module="horizon_tc_ui",
+    package="rdkx5_yolo_mapper",
+    files={"torch.py": Path(__file__).with_name("_bpu_torch.py").read_text(encoding="utf-8")},
+)
+KNOWN = {
+    "can not find hbdk library": "The compiler is not complete: run vitrim doctor --install bpu.",
+    "maximum supported version is 11": "The mapper reads opset 10 and 11.",
+    "shape_inference or model_check failed": "The mapper reads opset 10 and 11 with every shape written out, no other.",
+    "4294967295": "A Reshape with -1 is read as 2^32 - 1: shapes must be written out.",
+    "No space left": "Free some disk space.",
+}
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\s+\S+\s+(\S+)\s*$", re.M)
+LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
+
+
+def available() -> Availability:
+    """Whether the mapper's environment is installed; starts nothing."""
+    return _venv.availability(RECIPE)
+
+
+def install(say: Callable[[str], None]) -> Path:
+    """Create the mapper's environment (Python 3.10, about 1.1 GB); `say` gets one sentence per step.
+
+    Raises:
+        TargetUnavailable: there is no Python 3.10, or pip failed.
+    """
+    return _venv.install(RECIPE, say)
+
+
+def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """A ``.bin`` for the board, the quantized ONNX it was made from for the simulator, the estimate and the compiler's log.
+
+    ``options.chip`` is the mapper's ``march``: bayes-e (RDK X5, the default), bayes (Ultra) or bernoulli2 (X3).
+
+    Raises:
+        ConfigError: the precision or chip is unknown, or there are no calibration images.
+        TargetUnavailable: the mapper is not installed, failed, or took too long.
+    """
+    return compile_graph(graph, options, "O2")
+
+
+def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> Artifact:
+    """`build` at another effort of the compiler: O0 takes seconds, and its latency means nothing; O2 is what ships."""
+    import onnx_ir
+
+    check_precision(NAME, CAPABILITIES, options)
+    chip = options.chip or CHIPS[0]
+    for what, got, known in (("chip", chip, CHIPS), ("effort", effort, EFFORTS)):
+        if got not in known:
+            raise ConfigError(f"The {what} of target 'bpu' must be one of {', '.join(known)}, got {got!r}.")
+    if not options.calibration:
+        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'bpu', got none.")
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    log = options.out_dir / f"{options.name}.build.log"
+    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
+        onnx = Path(folder) / "model.onnx"
+        onnx.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+        (pixels,) = tensor_specs(graph.graph.inputs)
+        config = _config(onnx, pixels, chip, effort)
+        reply, _ = worker.call("compile", {"config": config}, {"calibration": np.concatenate(options.calibration)})
+        files = _collect(reply["files"], options)
+    estimate = _parse(reply["log"], graph, chip, effort)
+    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
+    artifact = describe(NAME, graph, options, files, {"chip": chip, "effort": effort})
+    return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
+
+
+def open(artifact: Artifact, threads: int = 1) -> BpuSession:
+    """The vendor's simulation of `artifact` on this CPU: the integers of the chip, at no speed that means anything.
+
+    Raises:
+        TargetUnavailable: the mapper is not installed.
+        BundleError: a file is missing or changed.
+    """
+    del threads  # Unused: the simulator decides
+    check_files(artifact)
+    return BpuSession(artifact)
+
+
+class BpuSession:
+    """A process that simulates one quantized model."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self._worker.call("load", {"model": str(_one(artifact, ".quantized.onnx"))})
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; the chip's batch is one, so images are simulated one after the other."""
+        _, outputs = self._worker.call("run", {}, inputs)
+        return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:]) for spec in self._artifact.outputs}
+
+    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
+        """Every operation with its placement, as the compiler reported it; times are unknown."""
+        del inputs  # Unused: placement was decided when the model was built
+        return self.estimate().ops
+
+    def estimate(self) -> _estimate.Estimate:
+        """Placement and the compiler's modelled latency."""
+        return _estimate.read(self._artifact)
+
+
+def _config(onnx: Path, pixels: TensorSpec, chip: str, effort: str) -> dict[str, Any]:
+    return {
+        "model_parameters": {
+            "onnx_model": str(onnx),
+            "march": chip,
+            "working_dir": "out",
+            "output_model_file_prefix": "model",
+        },
+        "input_parameters": {
+            "input_name": pixels.name,
+            "input_shape": "x".join(map(str, pixels.shape)),
+            "norm_type": "no_preprocess",  # images come normalised
+            **{f"input_type_{when}": "featuremap" for when in ("rt", "train")},
+            **{f"input_layout_{when}": "NCHW" for when in ("rt", "train")},
+        },
+        "calibration_parameters": {"cal_data_dir": "./cal", "cal_data_type": "float32", "calibration_type": "max"},
+        "compiler_parameters": {"compile_mode": "latency", "optimize_level": effort, "core_num": 1},
+    }
+
+
+def _collect(names: list[str], options: BuildOptions) -> tuple[Path, ...]:
+    """The compiler's files that are kept, in the artifact's folder; the board's file first."""
+    kept = []
+    for ending, suffix in (("model.bin", ".bin"), ("model_quantized_model.onnx", ".quantized.onnx")):
+        source = next((name for name in names if name.endswith(f"/{ending}")), None)
+        if source is None:
+            raise TargetUnavailable(f"The mapper must write {ending}, got {[Path(n).name for n in names]}.")
+        kept.append(Path(shutil.copyfile(source, options.out_dir / f"{options.name}{suffix}")))
+    return tuple(kept)
+
+
+def _parse(log: str, graph: onnx_ir.Model, chip: str, effort: str) -> _estimate.Estimate:
+    """The mapper's table of nodes and the compiler's line per subgraph."""
+    text = ANSI.sub("", log)
+    places = {"BPU": "NPU", "CPU": "CPU"}
+    ops = tuple(OpRecord(n, kind, places[on], dtype, 0.0) for n, on, _, kind, dtype in NODE.findall(text))
+    if not ops:
+        raise TargetUnavailable("The mapper must report where its operations run, got no table in its log.")
+    pieces = tuple({"name": n, "latency_us": float(us), "ddr_bytes": int(b)} for us, b, n in LATENCY.findall(text))
+    version = next(iter(re.findall(r"hbdk version (\S+)", text)), "of unknown version")
+    return _estimate.Estimate(
+        estimator=f"HBDK {version} timing model, {chip} at {effort}",
+        leaves_out="CPU operations, transfers between CPU and BPU, reading the image",
+        latency_ms=sum(p["latency_us"] for p in pieces) / 1000,
+        subgraphs=pieces,
+        ops=ops,
+        npu_mac_share=_estimate.mac_share(_estimate.macs_by_node(graph), ops),
+    )
+
+
+def _one(artifact: Artifact, ending: str) -> Path:
+    return next(file for file in artifact.files if file.name.endswith(ending))

@@ -1,0 +1,155 @@
+"""Qualcomm Hexagon (HTP): quantized by ONNX Runtime's QNN recipe, compiled to a context binary, emulated on x86.
+
+The graph is the token layout at opset 20, where GELU and LayerNorm are one node each: measured with onnxruntime-qnn 2.7.0, the
+whole network becomes one HTP context with nothing left on the CPU (opset 18 with an erf GELU falls into 38 pieces). QNN reads
+weights, norms and activations in its own QDQ form, so ONNX Runtime's quantizer writes it from the float graph. The emulator
+computes what the chip computes; its time says nothing about the chip's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.errors import ConfigError
+from compressor.types import PRECISION_BITS, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
+from targets import _estimate, _venv
+from targets._artifacts import check_files, check_precision, describe
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+
+NAME = "qnn"
+CAPABILITIES = Capabilities(
+    layout="tokens",
+    opset=20,
+    precisions=("w8a16", "w8a8"),
+    gelu="node",
+    qdq="none",
+    batch="static",
+)
+# QNN's numbers of the chips, (soc_model, htp_arch)
+CHIPS = {"sm8650": ("57", "75"), "sm8550": ("43", "73"), "x-elite": ("60", "73"), "qcs6490": ("35", "68")}
+LIMITS = _venv.Limits(seconds=1800)
+SCRIPT = Path(__file__).with_name("_qnn_worker.py")
+RECIPE = _venv.Recipe(
+    name=NAME,
+    python="",
+    steps=(("onnxruntime-qnn==2.7.0", "onnx"),),
+    module="onnxruntime_qnn",
+    package="onnxruntime-qnn",
+)
+KNOWN = {
+    "GLIBC_2.3": "The wheel needs glibc 2.35 or newer: Debian 12, Ubuntu 22.04 or later.",
+    "No space left": "Free some disk space.",
+}
+
+
+def available() -> Availability:
+    """Whether the compiler's environment is installed; starts nothing."""
+    return _venv.availability(RECIPE)
+
+
+def install(say: Callable[[str], None]) -> Path:
+    """Create the compiler's environment (about 0.5 GB); `say` gets one sentence per step.
+
+    Raises:
+        TargetUnavailable: pip failed.
+    """
+    return _venv.install(RECIPE, say)
+
+
+def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """An ONNX file that holds one context node, its binary for the chip, the estimate and the log.
+
+    ``options.chip`` is sm8650 (8 Gen 3, the default), sm8550 (8 Gen 2), x-elite or qcs6490.
+
+    Raises:
+        ConfigError: the precision or chip is unknown, or there are no calibration images.
+        TargetUnavailable: the compiler is not installed, failed, or took too long.
+    """
+    import onnx_ir
+
+    check_precision(NAME, CAPABILITIES, options)
+    chip = options.chip or next(iter(CHIPS))
+    if chip not in CHIPS:
+        raise ConfigError(f"The chip of target 'qnn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    if not options.calibration:
+        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'qnn', got none.")
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    log = options.out_dir / f"{options.name}.build.log"
+    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
+        source = Path(folder) / "model.onnx"
+        source.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+        arguments = {
+            "onnx": str(source),
+            "name": options.name,
+            "input": graph.graph.inputs[0].name,
+            "activation_bits": PRECISION_BITS[options.precision][1],
+            "provider": dict(zip(("soc_model", "htp_arch"), CHIPS[chip], strict=True)),
+        }
+        reply, _ = worker.call("compile", arguments, {"calibration": np.concatenate(options.calibration)})
+        files = tuple(Path(shutil.copyfile(name, options.out_dir / Path(name).name)) for name in reply["files"])
+    estimate = _placement(reply, graph, chip)
+    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
+    return describe(NAME, graph, options, files, {"chip": chip})
+
+
+def open(artifact: Artifact, threads: int = 1) -> QnnSession:
+    """The HTP emulator running `artifact` on this CPU, at no speed that means anything.
+
+    Raises:
+        TargetUnavailable: the environment is not installed.
+        BundleError: a file is missing or changed.
+    """
+    del threads  # Unused: the emulator decides
+    check_files(artifact)
+    return QnnSession(artifact)
+
+
+class QnnSession:
+    """A process that emulates one context."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self._worker.call("load", {"model": str(artifact.path.resolve())})
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; the context's batch is one, so images are emulated one after the other."""
+        return self._worker.call("run", {}, inputs)[1]
+
+    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
+        """Every operation with its placement, as the compiler decided; times are unknown."""
+        del inputs  # Unused: placement was decided when the model was built
+        return self.estimate().ops
+
+    def estimate(self) -> _estimate.Estimate:
+        """Placement; there is no latency in it."""
+        return _estimate.read(self._artifact)
+
+
+def _placement(reply: Mapping[str, Any], graph: onnx_ir.Model, chip: str) -> _estimate.Estimate:
+    """What is a node of its own beside the context nodes stayed on the CPU; everything else is inside them."""
+    outside = {name: kind for name, kind in reply["nodes"] if kind != "EPContext"}
+    contexts = tuple({"name": name} for name, kind in reply["nodes"] if kind == "EPContext")
+    inside = [
+        (n, k) for n, k in reply["quantized"] if n not in outside and k not in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    ops = tuple(OpRecord(n, k, "NPU", reply["precision"], 0.0) for n, k in inside)
+    ops += tuple(OpRecord(n, k, "CPU", "", 0.0) for n, k in outside.items())
+    return _estimate.Estimate(
+        estimator=f"onnxruntime-qnn partitioning for {chip}",
+        leaves_out="all times: the emulator gives none of the chip's",
+        latency_ms=None,
+        subgraphs=contexts,
+        ops=ops,
+        npu_mac_share=_estimate.mac_share(_estimate.macs_by_node(graph), ops),
+    )

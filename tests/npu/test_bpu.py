@@ -1,0 +1,122 @@
+"""RDK X5 through the vendor's mapper and simulator, on two blocks; O0 compiles in seconds, its latency is not looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.lower import lower
+from compressor.types import BuildOptions
+from targets import bpu
+from targets._venv import Limits
+from tests.npu.models import cosine, first_blocks, images, torch_logits
+
+STATE = bpu.available()
+needs_mapper = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
+
+LOG = """\x1b[92mINFO\x1b[0m hbdk version 3.49.15
+2026 INFO FPS=509.04, latency = 1964.5 us, DDR = 1329600 bytes   (see ./.hb_check/vitrim_subgraph_0.html)
+2026 INFO FPS=7825.83, latency = 127.8 us, DDR = 676480 bytes   (see vitrim_subgraph_1.html)
+Node                              ON   Subgraph  Type                Cosine Similarity  Threshold  DataType
+-------------------------------------------------------------------------------------------------------------
+patch.conv                        BPU  id(0)     HzSQuantizedConv    0.999870           4.53368      int8
+blocks.0.softmax                  CPU  --        Softmax             --                 --         float
+blocks.0.exp.flat                 BPU  id(1)     Reshape             0.999156           6.35496e+11  int16
+"""
+
+
+def test_the_mappers_table_and_latencies_are_read():
+    model = first_blocks(1)
+    found = bpu._parse(LOG, lower(model, bpu.CAPABILITIES), "bayes-e", "O2")
+    assert [(op.name, op.placement, op.precision) for op in found.ops] == [
+        ("patch.conv", "NPU", "int8"),
+        ("blocks.0.softmax", "CPU", "float"),
+        ("blocks.0.exp.flat", "NPU", "int16"),
+    ]
+    assert found.latency_ms == pytest.approx(2.0923) and len(found.subgraphs) == 2
+    assert found.subgraphs[0] == {"name": "vitrim_subgraph_0", "latency_us": 1964.5, "ddr_bytes": 1329600}
+    assert found.estimator == "HBDK 3.49.15 timing model, bayes-e at O2"
+    macs = bpu._estimate.macs_by_node(lower(model, bpu.CAPABILITIES))
+    assert macs["patch.conv"] == 49 * 192 * 16  # of the nodes listed, only this one multiplies
+    assert found.npu_mac_share == pytest.approx(macs["patch.conv"] / sum(macs.values()))
+    assert found.to_json()["cpu_ops"] == [{"name": "blocks.0.softmax", "type": "Softmax"}]
+
+
+def test_multiplies_are_counted_as_the_model_counts_them():
+    """A head that reads all patches needs every token of every block; only norms and the softmax's sums come on top."""
+    model = first_blocks(2)
+    spec = replace(model.spec, pool="avg")
+    macs = bpu._estimate.macs_by_node(lower(model.with_weights(spec, {}), bpu.CAPABILITIES))
+    ours = sum(n for name, n in macs.items() if not name.endswith((".power.conv", ".sum.conv")))
+    assert ours == spec.macs() < sum(macs.values())
+
+
+def test_a_log_without_a_table_is_an_error():
+    with pytest.raises(TargetUnavailable, match="got no table"):
+        bpu._parse("hbdk version 1", lower(first_blocks(1), bpu.CAPABILITIES), "bayes-e", "O2")
+
+
+def test_wrong_options_are_refused_before_anything_starts(tmp_path):
+    graph = lower(first_blocks(1), bpu.CAPABILITIES)
+    with pytest.raises(ConfigError, match="at least one batch for target 'bpu'"):
+        bpu.build(graph, BuildOptions(tmp_path, "w8a8"))
+    with pytest.raises(ConfigError, match="must be one of bayes-e, bayes, bernoulli2, got 'x5'"):
+        bpu.build(graph, BuildOptions(tmp_path, "w8a8", chip="x5"))
+    with pytest.raises(ConfigError, match="must be one of w8a8, got 'fp32'"):
+        bpu.build(graph, BuildOptions(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    model = first_blocks(2)
+    options = BuildOptions(tmp_path_factory.mktemp("bpu"), "w8a8", calibration=(images(model, 20),))
+    return model, bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
+
+
+@needs_mapper
+def test_the_whole_network_is_one_piece_on_the_chip(built):
+    _, artifact = built
+    found = bpu._estimate.read(artifact)
+    assert found.cpu_ops == () and len(found.subgraphs) == 1 and found.npu_mac_share == 1.0
+    assert artifact.path.suffix == ".bin" and artifact.path.stat().st_size > 500_000
+
+
+@needs_mapper
+def test_the_simulated_chip_computes_the_model(built):
+    model, artifact = built
+    x = images(model, 24)[20:]  # not calibrated on
+    session = bpu.open(artifact)
+    got = session.run({"pixels": x})["logits"]
+    assert got.shape == (4, 10) and cosine(got, torch_logits(model, x)) > 0.98  # int8 throughout
+    assert cosine(got[::-1], torch_logits(model, x)) < 0.98  # control: other images' logits are further away
+    assert session.ops({}) == session.estimate().ops
+
+
+@needs_mapper
+def test_a_damaged_artifact_is_refused(built):
+    _, artifact = built
+    with pytest.raises(BundleError, match="must have sha256"):
+        bpu.open(replace(artifact, sha256="0" * 64))
+
+
+@needs_mapper
+def test_a_softmax_node_is_reported_as_what_fell_back(tmp_path):
+    model = first_blocks(1)
+    graph = lower(model, replace(bpu.CAPABILITIES, softmax="node", logits="matrix"))
+    options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 2),))
+    found = bpu._estimate.read(bpu.compile_graph(graph, options, "O0"))
+    assert {op.type for op in found.cpu_ops} == {"Softmax", "Reshape"} and len(found.subgraphs) == 2
+
+
+@needs_mapper
+def test_a_refusal_and_a_timeout_of_the_mapper_are_sentences(tmp_path, monkeypatch):
+    model = first_blocks(1)
+    options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 2),))
+    with pytest.raises(TargetUnavailable, match="'compile' must succeed, got RuntimeError") as caught:
+        bpu.compile_graph(lower(model, replace(bpu.CAPABILITIES, opset=18)), options, "O0")
+    assert "opset 10 and 11" in caught.value.hint and "model.build.log" in caught.value.hint
+    monkeypatch.setattr(bpu, "LIMITS", Limits(seconds=1))
+    with pytest.raises(TargetUnavailable, match="no answer within 1 s"):
+        bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
