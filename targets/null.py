@@ -72,11 +72,11 @@ def open(artifact: Artifact, threads: int = 1) -> NullSession:
     del threads  # Unused: NumPy decides
     check_files(artifact)
     try:
-        with np.load(artifact.path, allow_pickle=False) as stored:
+        with artifact.path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = dict(stored)
         nodes = json.loads(bytes(arrays.pop("program")))["nodes"]
         unknown = sorted({node["type"] for node in nodes} - OPERATORS.keys())
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise BundleError(
             f"{artifact.path}: must be a file written by target 'null', got: {error}.", hint="Build it again."
         ) from error
