@@ -114,11 +114,18 @@ def plan(target: str, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """A build plan: the strongly typed graph, and what to make of it. Needs no GPU and no vendor library.
 
     Raises:
-        ConfigError: the target does not build ``options.precision``, or a weight is beyond fp16's range.
+        ConfigError: the target does not build ``options.precision``, a grid is asymmetric, or a weight is beyond fp16's range.
     """
     import onnx_ir
 
     check_precision(target, CAPABILITIES, options)
+    for node in graph.graph:
+        zero = node.inputs[2] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+        if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
+            raise ConfigError(
+                f"Grid {zero.name!r} of target {target!r} must be symmetric, got a zero point other than 0.",
+                hint="TensorRT multiplies symmetric integers only.",
+            )
     graph = typed(graph, options.precision)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     path = options.out_dir / f"{options.name}.onnx"

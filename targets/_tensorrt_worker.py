@@ -81,7 +81,7 @@ def build(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, 
     Path(arguments["engine"]).write_bytes(bytes(plan))
     result = {
         "network": [describe(network.get_layer(i)) for i in range(network.num_layers)],
-        "layers": layer_lines(log),
+        "layers": layer_lines(arguments["package"], bytes(plan)),
         "version": trt.__version__,
         "seconds": seconds,
         "warnings": [text.strip() for level, text in log.lines if level == "WARNING"],
@@ -126,14 +126,18 @@ def describe(layer: Any) -> list[str]:
     return [layer.name, layer.type.name, layer.get_output(0).dtype.name if layer.num_outputs else ""]
 
 
-def layer_lines(log: Any) -> list[str]:
-    """The engine's layers, one "Name: ..., LayerType: ..., ..." line each, as the builder lists them in its log."""
-    return [
-        line
-        for _, text in log.lines
-        for line in text.splitlines()
-        if line.startswith("Name: ") and "LayerType: " in line
-    ]
+def layer_lines(package: str, plan: bytes) -> list[str]:
+    """The engine's layers, one "Name: ..., LayerType: ..., ..." line each.
+
+    TensorRT-RTX lists them in its build log, so that no GPU is needed; TensorRT, which needs one to build, on being asked.
+    """
+    trt, log = library(package), logger(package)
+    if package == RTX:
+        text = "\n".join(message for _, message in log.lines)
+    else:
+        inspector = trt.Runtime(log).deserialize_cuda_engine(plan).create_engine_inspector()
+        text = inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)
+    return [line for line in text.splitlines() if line.startswith("Name: ") and "LayerType: " in line]
 
 
 # --------------------------------------------------------------------------- execution, where a GPU is

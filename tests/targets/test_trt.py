@@ -12,7 +12,7 @@ import pytest
 import targets
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
 from compressor.lower import lower
-from compressor.types import BuildOptions
+from compressor.types import BuildOptions, QParams, Quantization
 from targets import _tensorrt, trt
 from tests.targets.networks import FAMILIES, PLAIN, grids, model, of, pixels, pruned
 
@@ -126,6 +126,16 @@ def test_changed_plan_is_not_built(tmp_path):
     made.path.write_bytes(made.path.read_bytes() + b"\0")
     with pytest.raises(BundleError, match="sha256"):
         trt.build_engine(made, tmp_path)
+
+
+def test_asymmetric_grid_is_refused(tmp_path):
+    network = model(PLAIN)
+    fine, site = grids(network), "blocks.1.fc1"
+    skewed = Quantization(fine.weights, {**fine.activations, site: QParams(np.float32(0.04), 3, 8)})
+    options = BuildOptions(tmp_path, "w8a8")
+    assert trt.plan(lower(network, trt.CAPABILITIES, fine), options).size_bytes > 0
+    with pytest.raises(ConfigError, match=site):
+        trt.plan(lower(network, trt.CAPABILITIES, skewed), options)
 
 
 def test_unknown_precision_is_refused(tmp_path):

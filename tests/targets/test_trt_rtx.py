@@ -13,7 +13,7 @@ import pytest
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
 from compressor.types import Artifact, BuildOptions
-from targets import _tensorrt, _venv, ort, trt_rtx
+from targets import _tensorrt, _venv, trt_rtx
 from tests.targets.networks import FAMILIES, PLAIN, grids, model, of, pruned
 
 STATE = trt_rtx.available()
@@ -89,9 +89,9 @@ def test_unknown_chip_is_refused(tmp_path, call):
 
 
 def test_graph_the_parser_rejects_is_refused(tmp_path, call):
-    network = model(PLAIN)
-    foreign = lower(network, ort.CAPABILITIES, grids(network))  # ONNX Runtime's form: asymmetric
-    with pytest.raises(TargetUnavailable, match="zero point"):
+    foreign = lower(model(PLAIN), trt_rtx.CAPABILITIES)
+    next(node for node in foreign.graph if node.op_type == "Softmax").op_type = "Entmax"
+    with pytest.raises(TargetUnavailable, match="Entmax"):
         _tensorrt.build_engine(trt_rtx.plan(foreign, BuildOptions(tmp_path, "fp32")), tmp_path, SETTINGS, call)
 
 
