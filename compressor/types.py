@@ -188,7 +188,7 @@ class Capabilities:
     equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
-    patch: Literal["conv", "unshuffle"] = "conv"
+    patch: Literal["conv", "unshuffle", "halving"] = "conv"
     softmax: Literal["node", "exp_conv"] = "node"
     logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1) in the conv layout
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"

@@ -80,7 +80,8 @@ class _Conv:
         """(B, in, h, w) -> (B, C, 1, T), zero mean over C."""
         g, spec = self.graph, self.spec
         weight, bias = folds.centre(*self._linear("patch"))
-        patches = self._unshuffled(pixels, weight) if self.form.patch == "unshuffle" else self._strided(pixels, weight)
+        forms = {"conv": self._strided, "unshuffle": self._unshuffled, "halving": self._halved}
+        patches = forms[self.form.patch](pixels, weight)
         x = g.reshape("patch.flat", patches, (spec.embed_dim, 1, spec.grid[0] * spec.grid[1]))
         if spec.prefix_tokens:
             pads = g.ints("tokens.pads", [0, 0, 0, spec.prefix_tokens, 0, 0, 0, 0])
@@ -95,15 +96,31 @@ class _Conv:
         kernel = self.graph.constant("patch.weight", weight.astype(np.float32))
         return self.graph.op("patch.conv", "Conv", x, kernel, kernel_shape=size, strides=size)
 
+    def _halved(self, x: ir.Value, weight: Array) -> ir.Value:
+        """As convolutions with stride 2, for chips that compute a larger stride at every second pixel and throw most away."""
+        g, spec, depth = self.graph, self.spec, 0
+        x = self._cropped(x)
+        while weight.shape[2] % 2 == 0 and weight.shape[3] % 2 == 0 and min(weight.shape[2:]) > 2:
+            kernel = folds.halving_kernel(spec.in_chans * 4**depth)
+            constant = g.constant(f"patch.halve{depth}.weight", kernel.astype(np.float32))
+            x = g.op(f"patch.halve{depth}", "Conv", x, constant, kernel_shape=(2, 2), strides=(2, 2))
+            weight, depth = folds.halve(weight), depth + 1
+        return self._strided(x, weight)
+
+    def _cropped(self, x: ir.Value) -> ir.Value:
+        """The whole patches: pixels beyond the last one are not read."""
+        for axis, size, cells, patch in zip(
+            (2, 3), self.spec.image_size, self.spec.grid, self.spec.patch_size, strict=True
+        ):
+            if cells * patch != size:
+                x = self.graph.slice(f"patch.crop{axis}", x, axis, 0, cells * patch)
+        return x
+
     def _unshuffled(self, x: ir.Value, weight: Array) -> ir.Value:
         g, spec, p = self.graph, self.spec, self.spec.patch_size[0]
         if spec.patch_size[1] != p:
             raise ConfigError(f"Patches must be square for patch form 'unshuffle', got {spec.patch_size}.")
-        for axis in (2, 3):  # pixels beyond the last whole patch are not read
-            used = spec.grid[axis - 2] * p
-            if used != spec.image_size[axis - 2]:
-                x = g.slice(f"patch.crop{axis}", x, axis, 0, used)
-        x = g.op("patch.unshuffle", "SpaceToDepth", x, blocksize=p)
+        x = g.op("patch.unshuffle", "SpaceToDepth", self._cropped(x), blocksize=p)
         return self._conv("patch", x, folds.patch_kernel(weight))
 
     # ------------------------------------------------------------------ blocks

@@ -13,6 +13,8 @@ __all__ = [
     "absorb_affine",
     "centre",
     "centre_heads",
+    "halve",
+    "halving_kernel",
     "head_kernel",
     "kernel",
     "key_scale_into_query",
@@ -76,6 +78,23 @@ def mean_kernel(groups: int, width: int, *, spread: bool) -> Array:
 def patch_kernel(weight: Array) -> Array:
     """(C, in, p, p) -> (C, p * p * in, 1, 1): the patch embedding behind ONNX SpaceToDepth(p), whose channels run (y, x, in)."""
     return kernel(weight.transpose(0, 2, 3, 1).reshape(len(weight), -1))
+
+
+def halve(image: Array) -> Array:
+    """(..., c, 2h, 2w) -> (..., 4c, h, w): ONNX SpaceToDepth(2), whose channels run (y, x, c).
+
+    A strided patch embedding of an image is one of the halved image with the halved kernel, whatever the strides' other factors:
+    both put pixel (2y + i, 2x + j) of channel k at (y, x) of channel (2i + j) c + k.
+    """
+    *lead, c, h, w = image.shape
+    parts = np.moveaxis(image.reshape(*lead, c, h // 2, 2, w // 2, 2), (-3, -1), (-5, -4))
+    return np.asarray(parts.reshape(*lead, 4 * c, h // 2, w // 2))
+
+
+def halving_kernel(channels: int) -> Array:
+    """(4c, c, 2, 2) of zeros and ones: `halve` as a convolution with stride 2, exact in any precision."""
+    places = np.eye(4).reshape(4, 1, 2, 2)  # one kernel per (y, x)
+    return np.asarray(np.einsum("pqyx,oc->pocyx", places, np.eye(channels)).reshape(4 * channels, channels, 2, 2))
 
 
 def head_kernel(weight: Array, rows: int) -> Array:

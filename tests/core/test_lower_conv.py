@@ -133,6 +133,22 @@ def test_patch_kernel_follows_space_to_depth():
     assert np.abs(got - want).max() < EXACT
 
 
+def test_halving_kernel_is_space_to_depth():
+    image = rng().normal(size=(3, 4, 6))
+    cut = image.reshape(3, 2, 2, 3, 2).transpose(2, 4, 0, 1, 3).reshape(12, 2, 3)  # ONNX: out channels run (y, x, in)
+    assert np.array_equal(folds.halve(image), cut)
+    got = torch.nn.functional.conv2d(torch.from_numpy(image)[None], torch.from_numpy(folds.halving_kernel(3)), stride=2)
+    assert np.array_equal(got[0].numpy(), cut)
+
+
+def test_a_halved_kernel_on_a_halved_image_is_the_strided_convolution():
+    r = rng()
+    weight, image = r.normal(size=(5, 3, 6, 4)), r.normal(size=(1, 3, 12, 8))
+    want = torch.nn.functional.conv2d(torch.from_numpy(image), torch.from_numpy(weight), stride=(6, 4))
+    halved = torch.from_numpy(folds.halve(image)), torch.from_numpy(folds.halve(weight))
+    assert (torch.nn.functional.conv2d(*halved, stride=(3, 2)) - want).abs().max() < EXACT
+
+
 def test_head_kernel_reads_tokens_side_by_side():
     r = rng()
     weight, x = r.normal(size=(5, 2 * 6)), r.normal(size=(2, 6))
@@ -207,7 +223,7 @@ def test_graph_computes_the_model(name, softmax_form):
 
 
 @pytest.mark.parametrize(
-    ("opset", "batch", "patch"), list(product((11, 13, 20), ("static", "dynamic"), ("conv", "unshuffle")))
+    ("opset", "batch", "patch"), list(product((11, 13, 20), ("static", "dynamic"), ("conv", "unshuffle", "halving")))
 )
 def test_opset_batch_and_patch_form_change_nothing(opset, batch, patch):
     m = model(SPECS["odd image"])
@@ -298,4 +314,6 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
     oblong = model(replace(SPEC, patch_size=(4, 8)))
     with pytest.raises(ConfigError, match=r"must be square for patch form 'unshuffle', got \(4, 8\)"):
         lower(oblong, replace(RDK, patch="unshuffle"))
-    assert len(run(lower(oblong, RDK), pixels(oblong.spec)))
+    for patch in ("conv", "halving"):
+        x = pixels(oblong.spec)
+        assert np.abs(run(lower(oblong, replace(RDK, patch=patch)), x) - torch_logits(oblong, x)).max() < FLOAT
