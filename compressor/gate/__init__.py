@@ -18,9 +18,9 @@ both alike.
 
 is a non-negative supermartingale starting at 1, and by Ville's inequality P(E_n(t) ever reaches 1/a) <= a: one may look
 after every pair and stop when the answer is clear. Each factor lies in (1 - c, 1 + c) = (0.2, 1.8): an outlier can
-neither decide nor undo more than three pairs, and eight clean pairs suffice. b is a scale (small: averages, for noise larger than the effect; large: counts signs); the
-mean over four values costs at most log 4 of evidence and needs no tuning. Where E_n(t) < 1/a is a confidence sequence
-for the ratio.
+neither decide nor undo more than three pairs, and eight clean pairs suffice. b is a scale (small: averages, for noise
+larger than the effect; large: counts signs); the mean over four values costs at most log 4 of evidence and needs no
+tuning. Where E_n(t) < 1/a is a confidence sequence for the ratio.
 
 **Decision** at limit L = 1 + max_regression and a = 1 - confidence:
     pass   when E for "ratio >= L" reaches 1/a (all pairs);
