@@ -31,7 +31,7 @@ from targets._artifacts import digest
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["build_bundle", "make_plan", "planner"]
+__all__ = ["build_bundle", "is_planned", "make_plan", "planner"]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -46,6 +46,15 @@ class Planner(Protocol):
     def build_engine(self, artifact: Artifact, out_dir: Path) -> Artifact:
         """The engine of plan `artifact`, for the device this runs on."""
         ...
+
+
+def is_planned(name: str) -> bool:
+    """Whether target `name` offers plans and cannot run what it builds on this machine."""
+    target = targets.get(name)
+    if not hasattr(target, "plan"):
+        return False
+    state = target.available()
+    return not (state.available and state.runs)
 
 
 def planner(name: str) -> Planner:

@@ -171,6 +171,11 @@ def _unzip(archive: Path, folder: Path) -> Path:
     return folder
 
 
+def _runs(name: str) -> bool:
+    state = targets.get(name).available()
+    return state.available and state.runs
+
+
 def _checked(source: Path, path: str | Path) -> Manifest:
     """The manifest of the bundle unpacked at `source`, every file it lists checked; `path` is what errors name."""
     if not source.is_dir():
@@ -245,8 +250,9 @@ class Bundle:
     @property
     def default_target(self) -> str:
         """The first target of the bundle whose runtime is installed here, else its first target."""
-        names = list(self.manifest.targets)
-        return next((n for n in names if n in targets.names() and targets.get(n).available().available), names[0])
+        names = [n for n, entry in self.manifest.targets.items() if entry.settings.get("stage") != "plan"]
+        runnable = (n for n in names if n in targets.names() and _runs(n))
+        return next(runnable, (names or list(self.manifest.targets))[0])
 
     def artifact(self, target: str) -> Artifact:
         """The artifact of `target`, with absolute paths."""

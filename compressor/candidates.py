@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -128,6 +129,8 @@ class Contest:
         pixels: (n, C, h, w) calibration inputs for parity; never evaluation images.
         golden: (8, C, h, w).
         quantizations: by precision.
+        threads: of every session.
+        quantizer: whose integers; ``nncf`` only where the target offers it.
         min_agreement: percent of classes that a candidate must share with `model` to be eligible.
     """
 
@@ -137,10 +140,12 @@ class Contest:
     pixels: Array
     golden: Array
     quantizations: Mapping[Precision, Quantization] = field(default_factory=dict)
+    threads: int = 1
+    quantizer: Literal["vitrim", "nncf"] = "vitrim"
     min_agreement: float = 98.0
 
 
-def contest(job: Contest, name: str, wanted: str, out_dir: Path, *, threads: int, quantizer: str = "vitrim") -> Outcome:
+def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
     """Build, prove and race every precision of target `name`; the fastest eligible one is kept.
 
     Raises:
@@ -150,17 +155,15 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path, *, threads: int
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitrim-")))
         reference = build(job.reference, name, BuildOptions(folder, name="reference"))
-        sessions = {"reference": target.open(reference, threads=threads)}
+        sessions = {"reference": target.open(reference, threads=job.threads)}
         artifacts: dict[str, Artifact] = {}
         for precision in precisions(name, wanted):
-            calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8))) if quantizer == "nncf" else ()
-            options = BuildOptions(
-                out_dir, precision, precision, "nncf" if quantizer == "nncf" else "vitrim", calibration
-            )
+            calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8)))
+            options = BuildOptions(out_dir, precision, precision, job.quantizer, calibration)
             artifacts[precision] = build(job.model, name, options, job.quantizations.get(precision))
-            sessions[precision] = target.open(artifacts[precision], threads=threads)
+            sessions[precision] = target.open(artifacts[precision], threads=job.threads)
         feed = {reference.inputs[0].name: job.golden[:1]}
-        times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
+        times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
         candidates = tuple(_candidate(job, sessions[p], a, times[p]) for p, a in artifacts.items())
         kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
         ops, before = sessions[kept.artifact.precision].ops(feed), sessions["reference"].ops(feed)

@@ -273,6 +273,20 @@ def verify(console: Console, bundle: BundlePath, target: Target = None) -> Resul
     return verify_bundle(bundle, target)
 
 
+@command(app, "build", "vitrim build b --target tensorrt", "vitrim build b --target tensorrt-rtx --out ready --json")
+def build(
+    console: Console,
+    bundle: BundlePath,
+    target: Annotated[str, typer.Option(help="Target whose build plan is completed.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Completed bundle (default: in place).")] = None,
+    threads: Threads = 1,
+) -> Result:
+    """Complete a bundle's build plan on the device: make the engines, prove and race them, seal the fastest."""
+    from compressor.build_plan import build_bundle
+
+    return build_bundle(bundle, target, out, threads=threads)
+
+
 @command(app, "report", "vitrim report b --out report.html")
 def report(
     console: Console,

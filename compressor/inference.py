@@ -157,9 +157,14 @@ def verify_bundle(path: Path, target: str | None) -> Result:
     checks: list[dict[str, Any]] = []
     lines = [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
     for name in names:
-        bundle.artifact(name)
+        if bundle.artifact(name).settings.get("stage") == "plan":
+            checks.append({"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build"})
+            lines.append(
+                f"  {name}: a build plan; complete it on the device with `vitrim build {path} --target {name}`"
+            )
+            continue
         state = targets.get(name).available()
-        if not state.available:
+        if not (state.available and state.runs):
             checks.append({"target": name, "passed": None, "skipped": state.reason})
             lines.append(f"  {name}: not run here: {state.reason}")
             continue

@@ -18,16 +18,18 @@ import numpy as np
 import targets
 from calibration import data
 from compressor import __version__, checkpoint
+from compressor.build_plan import is_planned, make_plan
 from compressor.bundle import artifact_entry, seal
 from compressor.cache import Cache
 from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
 from compressor.device import fingerprint, peak_rss_bytes
+from compressor.errors import ConfigError
 from compressor.output import write_json
 from compressor.profile import Stopwatch
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, prune_stage, quantize_stage, torch_logits
-from compressor.types import Array, Model, latency_ms
+from compressor.types import Array, Artifact, Model, latency_ms
 from compressor.verify import accuracy
 
 __all__ = ["compress"]
@@ -47,6 +49,7 @@ class Run:
     blocks: list[dict[str, Any]]
     images: Images
     outcomes: tuple[Outcome, ...]
+    plans: tuple[Artifact, ...]  # of targets whose artifacts are completed on the device
     pixels: Array  # (n, C, h, w) the calibration inputs of the parity checks
     expected: Array  # (n, classes)
 
@@ -64,9 +67,7 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> 
         VitrimError: any of the tree in `compressor.errors`.
     """
     watch = Stopwatch()
-    for name in recipe.targets:  # everything that can be refused is refused before any work
-        require(name)
-        precisions(name, recipe.precision)
+    _refuse_early(recipe)
     _limit_threads(recipe.threads)
     run = _stages(recipe, folder, cache, progress, watch)
     with watch("evaluate"):
@@ -85,6 +86,18 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> 
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     seal(folder, manifest)
     return result
+
+
+def _refuse_early(recipe: Recipe) -> None:
+    """Whatever can be refused is refused before any work."""
+    for name in recipe.targets:
+        precisions(name, recipe.precision)
+        if not is_planned(name):
+            require(name)
+    if all(is_planned(name) for name in recipe.targets):
+        raise ConfigError(
+            f"targets must hold at least one that runs here, got {', '.join(recipe.targets)}.", hint="Add --target ort."
+        )
 
 
 def _limit_threads(threads: int) -> None:
@@ -109,17 +122,18 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
     subset = images.calibration.subset(range(min(PARITY_IMAGES, len(images.calibration))))
     pixels = np.concatenate(list(data.batches(subset, model.preprocess, 64)))
     expected = torch_logits(model, pixels)
-    job = Contest(reference, model, expected, pixels, pixels[:GOLDEN], grids)
-    outcomes = []
+    job = Contest(reference, model, expected, pixels, pixels[:GOLDEN], grids, recipe.threads, recipe.quantizer)
+    outcomes, plans = [], []
     for done, name in enumerate(recipe.targets, 1):
         with watch(f"target {name}"):
-            target_folder = folder / "targets" / name
-            target_folder.mkdir(parents=True)
-            outcomes.append(
-                contest(job, name, recipe.precision, target_folder, threads=recipe.threads, quantizer=recipe.quantizer)
-            )
+            home = folder / "targets" / name
+            home.mkdir(parents=True)
+            if is_planned(name):
+                plans.append(make_plan(model, name, precisions(name, recipe.precision), grids, home))
+            else:
+                outcomes.append(contest(job, name, recipe.precision, home))
         progress("build, verify, race", done, len(recipe.targets))
-    return Run(recipe, reference, model, blocks, images, tuple(outcomes), pixels, expected)
+    return Run(recipe, reference, model, blocks, images, tuple(outcomes), tuple(plans), pixels, expected)
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -163,6 +177,9 @@ def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "n": first["n"],
         },
         "targets": [_target_result(o, accuracies[o.target]) for o in run.outcomes],
+        "plans": [
+            {"name": p.target, "size_bytes": p.size_bytes, "next": "vitrim build, on the device"} for p in run.plans
+        ],
     }
 
 
@@ -203,7 +220,10 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
             "sha256": run.images.calibration.digest(),
         },
         "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
-        "targets": {o.target: artifact_entry(o.kept.artifact, folder).model_dump() for o in run.outcomes},
+        "targets": {
+            a.target: artifact_entry(a, folder).model_dump()
+            for a in (*(o.kept.artifact for o in run.outcomes), *run.plans)
+        },
     }
 
 
@@ -249,4 +269,5 @@ def _pictures(run: Run) -> Array:
     """The first calibration inputs as uint8 images (n, h, w, C)."""
     contract = run.model.preprocess
     pixels = run.pixels[:SHEET] * np.asarray(contract.std)[:, None, None] + np.asarray(contract.mean)[:, None, None]
-    return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    pictures: Array = np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pictures

@@ -12,6 +12,8 @@ from compressor.types import Precision
 
 __all__ = ["Recipe", "from_yaml", "override", "to_dict"]
 
+RATIOS = ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio")
+INTEGERS = {"calib_size": 1, "threads": 1, "seed": 0, "image_size": 1, "drop_blocks": 0}  # and the least allowed
 PRECISIONS = (*get_args(Precision), "auto")
 
 
@@ -32,6 +34,11 @@ class Recipe:
     mlp_ratio: float = 0.0
     qk_ratio: float = 0.0
     vo_ratio: float = 0.0
+    head_ratio: float = 0.0
+    drop_blocks: int = 0
+    target_macs: float | None = None
+    target_params: float | None = None
+    damping: float | None = None
     precision: str = "auto"
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     calib_size: int = 512
@@ -39,13 +46,13 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("mlp_ratio", "qk_ratio", "vo_ratio"):
+        for name in RATIOS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
                 raise ConfigError(
                     f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half."
                 )
-        for name, low in (("calib_size", 1), ("threads", 1), ("seed", 0), ("image_size", 1)):
+        for name, low in INTEGERS.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
@@ -62,7 +69,8 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         """Whether anything is removed at all."""
-        return max(self.mlp_ratio, self.qk_ratio, self.vo_ratio) > 0
+        budget = self.target_macs is not None or self.target_params is not None
+        return budget or self.drop_blocks > 0 or any(getattr(self, name) > 0 for name in RATIOS)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from calibration.observe import ObservePlan, observe
 from compressor import checkpoint
 from compressor.cache import Cache, key
 from compressor.errors import ConfigError, DataError
-from compressor.prune import CorpConfig, corp
+from compressor.prune import configure, prune
 from compressor.quantize import QuantizeConfig, quantize
 from compressor.recipe import Recipe
-from compressor.types import PRECISION_BITS, Array, Model, Precision, QParams, Quantization
-from compressor.vit import to_torch
+from compressor.types import PRECISION_BITS, Array, Model, Precision, QParams, Quantization, Statistics
+from compressor.vit import VisionTransformer, to_torch
 
 __all__ = ["Images", "Progress", "load_images", "model_digest", "prune_stage", "quantize_stage", "torch_logits"]
 
@@ -81,11 +82,19 @@ def prune_stage(
     """`model` with what the recipe removes removed, and the report of every block; the model itself when nothing is."""
     if not recipe.prunes:
         return model, []
-    options = {n: getattr(recipe, n) for n in ("pruner", "mlp_ratio", "qk_ratio", "vo_ratio", "seed")}
-    name = key("prune", model=model_digest(model), images=images.digest(), **options)
+    config = configure(recipe.pruner, prune_options(recipe))
+    name = key("prune", model=model_digest(model), images=images.digest(), config=asdict(config), pruner=recipe.pruner)
 
     def make(folder: Path) -> None:
-        result = _prune(model, images, recipe, progress)
+        passes = count(1)
+
+        def stream() -> Iterator[Array]:
+            return batches(images, model, progress, f"prune, pass {next(passes)}")
+
+        def statistics(module: VisionTransformer, pixels: Iterable[Array]) -> Statistics:
+            return observe(module, pixels, ObservePlan(histograms=()))
+
+        result = prune(model, stream, config, statistics)
         checkpoint.save(result.model, folder)
         (folder / "blocks.json").write_text(json.dumps([asdict(b) for b in result.blocks]))
 
@@ -93,14 +102,16 @@ def prune_stage(
     if reused:
         progress("prune (reused)", 1, 1)
     small = checkpoint.load(str(folder))
-    return replace(small, preprocess=model.preprocess, labels=model.labels), json.loads(
-        (folder / "blocks.json").read_text()
-    )
+    small = replace(small, preprocess=model.preprocess, labels=model.labels)
+    return small, json.loads((folder / "blocks.json").read_text())
 
 
-def _prune(model: Model, images: data.ImageSet, recipe: Recipe, progress: Progress) -> Any:
-    stats = observe(to_torch(model), batches(images, model, progress, "observe"), ObservePlan())
-    return corp.prune(model, stats, CorpConfig.released(recipe.mlp_ratio, recipe.qk_ratio))
+def prune_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says about pruning, by the names that the pruners' configurations use."""
+    options = {n: getattr(recipe, n) for n in ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio", "drop_blocks")}
+    targets = [(kind, getattr(recipe, f"target_{kind}")) for kind in ("macs", "params")]
+    given = [(kind, share) for kind, share in targets if share is not None]
+    return {**options, "damping": recipe.damping, "target": given[0] if given else None}
 
 
 def quantize_stage(

@@ -202,6 +202,36 @@ def test_a_second_run_reuses_finished_stages(made, tmp_path, cache):
     assert done.json["compressed"]["params"] == result["compressed"]["params"]
 
 
+def test_a_target_that_is_completed_on_the_device_gets_a_build_plan(tmp_path, cache):
+    listed = {t["name"]: t for t in vitrim("doctor", "--json").json["targets"]}
+    if listed["tensorrt"]["available"]:
+        pytest.skip("TensorRT is installed here: its engines are built, not planned")
+    out = tmp_path / "b"
+    arguments = ("--precision", "fp32", "--calib-size", 32, "--target", "ort", "--target", "tensorrt")
+    done = vitrim("compress", "demo", *arguments, "--out", out, "--json", env=cache)
+    assert done.code == 0, done.err
+    assert [p["name"] for p in done.json["plans"]] == ["tensorrt"]
+    assert [t["name"] for t in done.json["targets"]] == ["ort"]
+    checks = {c["target"]: c["passed"] for c in vitrim("verify", out, "--json").json["targets"]}
+    assert checks == {"ort": True, "tensorrt": None}
+    refused = vitrim("build", out, "--target", "tensorrt", "--json")
+    assert refused.code == 3 and refused.json["error"]["code"] == "TargetUnavailable"
+    refused = vitrim("compress", "demo", "--target", "tensorrt", "--out", tmp_path / "c", "--json", env=cache)
+    assert refused.code == 2 and "--target ort" in refused.json["error"]["hint"]
+
+
+def test_gate_passes_the_same_bundle(bundle, tmp_path):
+    page, xml = tmp_path / "gate.md", tmp_path / "gate.xml"
+    # A generous limit: what is tested is the command, not the machine.
+    limits = ("--max-regression", "100%", "--confidence", 0.9, "--max-drop", 0.5)
+    done = vitrim("gate", bundle, "--baseline", bundle, *limits, "--markdown", page, "--junit", xml, "--json")
+    assert done.code == 0, done.err
+    keys = {"verdict", "sentence", "ratio", "ratio_ci", "limit", "min_detectable", "pairs", "device"}
+    assert keys <= done.json.keys() and done.json["verdict"] == "pass" and done.json["limit"] == 2.0
+    assert "within the limits" in page.read_text() and "<testsuite" in xml.read_text()
+    assert vitrim("gate", bundle, "--json").code == 2
+
+
 def test_report_is_one_page(bundle, tmp_path):
     page = tmp_path / "r.html"
     assert vitrim("report", bundle, "--out", page).code == 0
@@ -210,6 +240,6 @@ def test_report_is_one_page(bundle, tmp_path):
 
 
 def test_help_of_every_command_has_examples():
-    for name in ("compress", "profile", "eval", "run", "verify", "inspect", "doctor", "report"):
+    for name in ("compress", "profile", "eval", "run", "verify", "inspect", "doctor", "report", "gate", "build"):
         done = vitrim(name, "--help")
         assert done.code == 0 and f"vitrim {name}" in done.out.split("Options")[-1], name
