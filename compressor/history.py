@@ -24,6 +24,7 @@ from compressor.errors import DataError
 __all__ = ["append", "change_points", "read"]
 
 FILE = "history.jsonl"
+SHORTEST = 3  # values in a level: one bad day is not a new level
 LONGEST = 300  # most recent values looked at: about a second
 
 
@@ -70,13 +71,13 @@ def change_points(values: Sequence[float]) -> list[int]:
     skipped = max(0, len(values) - LONGEST)
     x = np.log(np.asarray(values[skipped:], dtype=np.float64))
     n = len(x)
-    if n < 4:
+    if n < 2 * SHORTEST:
         return []
     noise = float(np.median(np.abs(np.diff(x)))) or float(np.mean(np.abs(np.diff(x)))) or 1e-12
     penalty, costs = 2 * math.log(n) * noise, _costs(x)
-    best, start = [0.0] * (n + 1), [0] * (n + 1)
-    for end in range(1, n + 1):
-        totals = [best[s] + costs[s][end] + penalty for s in range(end)]
+    best, start = [0.0, *[math.inf] * n], [0] * (n + 1)
+    for end in range(SHORTEST, n + 1):
+        totals = [best[s] + costs[s][end] + penalty for s in range(end - SHORTEST + 1)]
         start[end] = int(np.argmin(totals))
         best[end] = totals[start[end]]
     found, end = [], n

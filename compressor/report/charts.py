@@ -62,14 +62,14 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to eight round values inside the axis.
+        """Three to seven round values inside the axis.
 
         >>> Axis(0.0, 10.0, 0, 100, "").ticks()
         [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
         """
-        raw = (self.high - self.low) / 5
+        raw = (self.high - self.low) / 6
         magnitude = 10.0 ** math.floor(math.log10(raw))
-        step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+        step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [round(k * step, 12) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 

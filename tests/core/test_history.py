@@ -1,0 +1,65 @@
+"""A history that grows by a line, and change points against a search over every split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressor.errors import DataError
+from compressor.history import append, change_points, read
+
+
+def test_entries_come_back_in_the_order_they_were_added(tmp_path: Path) -> None:
+    assert read(tmp_path / "none yet") == []
+    for i in range(3):
+        append(tmp_path / "h", {"ratio": i, "bundle": "ä\n"})
+    assert [entry["ratio"] for entry in read(tmp_path / "h")] == [0, 1, 2]
+    assert read(tmp_path / "h")[0]["bundle"] == "ä\n"
+
+
+@pytest.mark.parametrize(("line", "text"), [('{"a": 1', "line 2 must be a JSON object"), ("[1]", "got list")])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str, text: str) -> None:
+    path = append(tmp_path, {"ratio": 1})
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=text):
+        read(tmp_path)
+
+
+def test_change_points_are_found_where_the_level_changed() -> None:
+    rng, exact = np.random.default_rng(0), 0
+    for _ in range(20):
+        noise = np.exp(0.01 * rng.normal(size=60))
+        level = np.repeat([5.0, 5.25, 4.9], 20)  # steps of +5 % and -7 %, noise of 1 %
+        exact += change_points((level * noise).tolist()) == [20, 40]
+    assert exact >= 15  # now and then the neighbour of the true point fits the noise better
+
+
+def test_no_change_point_in_noise_alone_nor_at_an_outlier() -> None:
+    rng = np.random.default_rng(1)
+    false = sum(bool(change_points(np.exp(0.02 * rng.normal(size=60)).tolist())) for _ in range(40))
+    assert false <= 2
+    values = np.exp(0.01 * rng.normal(size=40))
+    values[17] *= 3  # one bad day is not a new level
+    assert change_points(values.tolist()) == []
+
+
+def test_one_change_point_is_where_a_search_over_every_split_puts_it() -> None:
+    rng = np.random.default_rng(2)
+    x = np.log(np.r_[np.full(13, 2.0), np.full(9, 2.4)] * np.exp(0.01 * rng.normal(size=22)))
+
+    def cost(part: np.ndarray) -> float:
+        return float(np.abs(part - np.median(part)).sum())
+
+    best = min(range(1, len(x)), key=lambda s: cost(x[:s]) + cost(x[s:]))
+    assert change_points(np.exp(x).tolist()) == [best]
+
+
+def test_series_too_short_to_tell_have_none() -> None:
+    assert change_points([]) == change_points([1.0, 9.0, 1.0]) == []
+
+
+def test_long_series_are_looked_at_from_the_end() -> None:
+    values = [1.0 + 0.001 * (i % 3) for i in range(350)] + [1.5 + 0.001 * (i % 3) for i in range(20)]
+    assert change_points(values) == [350]

@@ -1,0 +1,324 @@
+"""The page: self-contained, escaped, complete where the report is and silent where it is not; looked at by a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressor.errors import ConfigError, DataError
+from compressor.report import contact_sheet, render
+from compressor.report.charts import Axis, Point, scatter
+from compressor.types import latency_ms
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+SECTIONS = {"targets", "front", "ecdf", "blocks", "sensitivity", "parity", "contact", "provenance"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects ids, tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == [], f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.ids |= {values["id"] or ""} if "id" in values else set()
+        self.links += [values[k] or "" for k in ("src", "href", "data", "action") if k in values]
+        assert not any(name.startswith("on") for name in values), f"event handler in <{tag}>"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def samples(ms: float, seed: int) -> list[int]:
+    return (1e6 * ms * np.random.default_rng(seed).lognormal(sigma=0.05, size=60)).astype(int).tolist()
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """What `compress` writes for a model with one target and two candidates."""
+    fast, before = samples(2.0, 1), samples(6.0, 3)
+    base = {
+        "model": "demo",
+        "reference": {"params": 4_000_000, "macs": 200_000_000, "top1": 91.85, "top1_ci95": [90.5, 93.0]},
+        "compressed": {
+            "params": 2_000_000,
+            "macs": 120_000_000,
+            "top1": 91.5,
+            "top1_ci95": [90.2, 92.7],
+            "agreement": 99.1,
+            "n": 2000,
+        },
+        "targets": [
+            {
+                "name": "ort",
+                "precision": "w8a8",
+                "size_bytes": 2_540_000,
+                "latency_ms": latency_ms(tuple(fast)),
+                "reference_latency_ms": latency_ms(tuple(before)),
+                "speedup": 3.0,
+                "parity": {"max_abs": 0.3, "cosine": 0.9999, "agreement": 99.6, "count": 256},
+                "reverted": False,
+                "reason": "w8a8 kept.",
+            }
+        ],
+    }
+    return {**base, **changes}
+
+
+def everything() -> dict[str, Any]:
+    full = report(
+        blocks=[
+            {
+                "block": i,
+                "part": part,
+                "before": 768,
+                "after": 384,
+                "predicted": 0.01,
+                "damping": 0.1,
+                "measured": None,
+                "fallback": "x" * i,
+            }
+            for i in range(2)
+            for part in ("mlp", "qk")
+        ],
+        candidates=[
+            {
+                "target": "ort",
+                "precision": p,
+                "latency_ms": latency_ms(tuple(s)),
+                "samples_ns": s,
+                "agreement": a,
+                "kept": p == "w8a8",
+            }
+            for p, s, a in (("w8a8", samples(2.0, 1), 99.6), ("fp32", samples(4.0, 2), 100.0))
+        ],
+        ops={
+            "ort": [
+                {
+                    "name": "blocks.0.fc1.matmul",
+                    "type": "MatMul",
+                    "placement": "CPU",
+                    "precision": "int8",
+                    "time_ms": 0.5,
+                }
+            ]
+        },
+        reference_ops={
+            "ort": [
+                {
+                    "name": "blocks.0.fc1.matmul",
+                    "type": "MatMul",
+                    "placement": "CPU",
+                    "precision": "fp32",
+                    "time_ms": 1.0,
+                }
+            ]
+        },
+        sensitivity={
+            "rows": ["block 0"],
+            "columns": ["qkv", "fc1"],
+            "values": [[1e-3, 2e-3]],
+            "unit": "Squared error.",
+        },
+        contact_sheet={"image": contact_sheet(np.zeros((5, 8, 8, 1), np.uint8)), "caption": "5 of 512 images."},
+        provenance={"versions": {"vitrim": "0.1.0"}, "seed": 0, "recipe": {"targets": ["ort"]}},
+        timings_s={"prune": 1.25},
+    )
+    full["targets"][0]["reference_samples_ns"] = samples(6.0, 3)
+    return full
+
+
+def test_render_shows_every_section_the_report_has() -> None:
+    page = Page(render(everything()))
+    assert page.ids == SECTIONS
+    for text in (
+        "3.0",
+        "w8a8",
+        "91.50 %",
+        "was 91.85 %",
+        "-0.35 points",
+        "50 % fewer",
+        "768 → 384",
+        "blocks.0.fc1.matmul",
+        "5 of 512 images.",
+    ):
+        assert text in page.text, text
+    assert re.search(
+        r"2\.9\dx, 95 % interval 2\.\d\d to 3\.\d\d|3\.0\dx, 95 % interval", page.text
+    )  # paired samples give the speed-up's
+
+
+@pytest.mark.parametrize("missing", ["blocks", "candidates", "ops", "sensitivity", "contact_sheet", "provenance"])
+def test_render_leaves_out_what_is_missing(missing: str) -> None:
+    part = everything()
+    del part[missing]
+    if missing == "provenance":
+        del part["timings_s"]
+    section = {"candidates": "front", "contact_sheet": "contact", "ops": "targets"}.get(missing, missing)
+    page = Page(render(part))
+    assert (section in page.ids) is (missing == "ops")  # only its own section goes
+    assert ("blocks.0.fc1.matmul" in page.text) is (missing != "ops")
+
+
+def test_render_of_the_least_report_claims_nothing_it_does_not_know() -> None:
+    bare = report()
+    bare["compressed"] |= {"top1": None, "top1_ci95": None}
+    page = Page(render(bare))
+    assert page.ids == {"targets", "parity"}
+    assert "Top-1" not in page.text
+    assert "interval" not in page.text
+    assert "images have no labels" in page.text
+
+
+def test_render_says_slower_when_it_is_slower() -> None:
+    slow = report()
+    slow["targets"][0] |= {"latency_ms": latency_ms((9_000_000,) * 9), "reverted": True}
+    text = Page(render(slow)).text
+    assert re.search(r"1\.\d\dx slower", text)
+    assert "faster" not in text
+    assert "reverted" in text
+
+
+def test_the_page_needs_no_network_and_runs_no_script() -> None:
+    text = render(everything())
+    page = Page(text)
+    assert not {"script", "iframe", "object", "embed", "form", "link"} & page.tags
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "default-src 'none'" in text
+
+
+NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}"
+
+
+def test_every_name_is_escaped() -> None:
+    full = everything()
+    full["model"] = NASTY
+    full["targets"][0] |= {"name": NASTY, "precision": NASTY, "reason": NASTY}
+    for candidate in full["candidates"]:
+        candidate |= {"target": NASTY, "precision": NASTY}
+    full["ops"] = {NASTY: [{**full["ops"]["ort"][0], "name": NASTY, "type": NASTY}]}
+    full["blocks"][1]["fallback"] = NASTY
+    full["sensitivity"] |= {"rows": [NASTY], "columns": [NASTY, NASTY], "unit": NASTY}
+    full["contact_sheet"]["caption"] = NASTY
+    full["provenance"] = {NASTY: NASTY}
+    text = render(full)
+    page = Page(text)  # which also refuses event handlers
+    assert not {"script"} & page.tags
+    assert page.links == [full["contact_sheet"]["image"]]
+    assert "<script" not in text
+    assert "{{ 7 * 7 }}" in page.text  # shown, not evaluated
+    assert page.text.count("alert(1)") >= 10  # the names did arrive
+
+
+def test_a_contact_sheet_from_elsewhere_is_refused() -> None:
+    with pytest.raises(DataError, match=r"contact_sheet\.image must be an embedded PNG"):
+        render(report(contact_sheet={"image": "https://example.org/x.png"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"targets": [{}]}, "is missing"),
+        ({"reference": None}, "NoneType"),
+        ({"blocks": [3]}, "not subscriptable|not iterable"),
+    ],
+)
+def test_render_refuses_what_is_not_a_report(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        render(report(**change))
+
+
+def test_contact_sheet_refuses_what_are_not_images() -> None:
+    with pytest.raises(ConfigError, match=r"must be \(n, H, W, C\) uint8 and not none, got float64 \(2, 2\)"):
+        contact_sheet(np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (99.2, 100.0), (-3.0, 12000.0), (1e-6, 2e-6)])
+def test_axis_ticks_are_round_and_inside(low: float, high: float) -> None:
+    ticks = Axis(low, high, 0, 100, "").ticks()
+    assert 3 <= len(ticks) <= 7
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_scatter_labels_do_not_lie_on_each_other() -> None:
+    points = [Point(1.0 + 0.02 * i, 100.0, f"candidate {i}", i) for i in range(4)]
+    found = re.findall(
+        r'<text class="mark" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<', scatter(points, "x", "y")
+    )
+    boxes = []
+    for x, y, anchor, label in found:
+        wide = 6.4 * len(label)
+        left = float(x) - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+        boxes.append((left, float(y) - 11, left + wide, float(y) + 3))
+    assert len(boxes) == 4
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium is installed: `apt-get install chromium` to have the page drawn"
+)
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_draws_the_page_without_an_error_and_without_sideways_scrolling(tmp_path: Path, width: int) -> None:
+    from PIL import Image
+
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    page.write_text(render(everything()), encoding="utf-8")
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    done = subprocess.run(
+        [
+            *command,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},2400",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr  # where a page's errors and refused loads are reported
+    pixels = np.asarray(Image.open(shot).convert("RGB"), dtype=np.int64)
+    assert pixels.shape[1] == width
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # something was drawn
+    background = pixels[-1, 0]
+    assert (pixels[:, -4:] == background).all()  # nothing reaches the right edge, so nothing is cut off
