@@ -66,10 +66,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tap: Tap = no_tap, name: str = "block") -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = tap(name, x)
-        x = x + tap(f"{name}.attn", self._attention(x, tap, name))
-        return x + tap(f"{name}.mlp", self._mlp(x, tap, name))
+        x = x + tap(f"{name}.attn", self.attention(x, tap, name))
+        return x + tap(f"{name}.mlp", self.mlp(x, tap, name))
 
-    def _attention(self, x: Tensor, tap: Tap, name: str) -> Tensor:
+    def attention(self, x: Tensor, tap: Tap = no_tap, name: str = "block") -> Tensor:
+        """Output of the attention branch, (B, T, C) -> (B, T, C), before the residual addition."""
         y = tap(f"{name}.qkv", self.norm1(x))
         q, k, v = (tap(f"{name}.{part}", self._heads(getattr(self, part)(y))) for part in ("q", "k", "v"))
         if self.spec.qk_norm:
@@ -80,7 +81,8 @@ class Block(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], self.spec.heads, -1).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
 
-    def _mlp(self, x: Tensor, tap: Tap, name: str) -> Tensor:
+    def mlp(self, x: Tensor, tap: Tap = no_tap, name: str = "block") -> Tensor:
+        """Output of the MLP branch, (B, T, C) -> (B, T, C), before the residual addition."""
         y = tap(f"{name}.fc1", self.norm2(x))
         act = ACTIVATIONS[self.spec.mlp]
         hidden = act(self.gate(y)) * self.fc1(y) if self.spec.mlp == "swiglu" else act(self.fc1(y))

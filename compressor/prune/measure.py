@@ -1,4 +1,4 @@
-"""What pruning really did: the branches of the dense and the compressed network, side by side on the same images."""
+"""What pruning really did: the dense and the compressed token stream, side by side on the same images."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor
 from compressor.types import Array
 from compressor.vit import VisionTransformer
 
-__all__ = ["branch_errors"]
+__all__ = ["stream_errors"]
 
 BRANCHES = ("attn", "mlp")
 
 
-def branch_errors(dense: VisionTransformer, small: VisionTransformer, batches: Iterable[Array]) -> dict[str, float]:
-    """Relative squared error of every branch's output, by site ("blocks.0.attn", "blocks.0.mlp", ...).
-
-    Each network runs on its own stream, so an error includes what the compressed blocks before it passed on.
+def stream_errors(dense: VisionTransformer, small: VisionTransformer, batches: Iterable[Array]) -> dict[str, float]:
+    """Relative squared distance of the token streams behind every branch, by its site ("blocks.0.attn", ...).
 
     Args:
         dense: the reference.
@@ -31,19 +29,26 @@ def branch_errors(dense: VisionTransformer, small: VisionTransformer, batches: I
     with torch.inference_mode():
         for batch in batches:
             pixels = torch.from_numpy(batch).to(dense.pos.device)
-            expected, got = _branches(dense, pixels), _branches(small, pixels)
-            for site, y in expected.items():
-                change[site] += (got[site] - y).double().square().sum().item()
-                energy[site] += y.double().square().sum().item()
+            expected, got = _streams(dense, pixels), _streams(small, pixels)
+            for site, x in expected.items():
+                change[site] += (got[site] - x).double().square().sum().item()
+                energy[site] += x.double().square().sum().item()
     return {site: change[site] / max(energy[site], 1e-300) for site in energy}
 
 
-def _branches(module: VisionTransformer, pixels: Tensor) -> dict[str, Tensor]:
+def _streams(module: VisionTransformer, pixels: Tensor) -> dict[str, Tensor]:
+    """The token stream behind every branch."""
     seen: dict[str, Tensor] = {}
+    stream = pixels
 
     def tap(site: str, x: Tensor) -> Tensor:
-        if site.rpartition(".")[2] in BRANCHES:
-            seen[site] = x
+        nonlocal stream
+        parent, _, part = site.rpartition(".")
+        if parent == "blocks":
+            stream = x
+        elif part in BRANCHES:
+            stream = stream + x
+            seen[site] = stream
         return x
 
     module(pixels, tap)

@@ -253,12 +253,15 @@ def test_prune_runs_passes_and_measures() -> None:
     )  # batch shapes differ
     a, b = sites(model, images), sites(result.model, images)
     for report in result.blocks:
-        site = f"blocks.{report.block}.{'mlp' if report.part == 'mlp' else 'attn'}"
-        assert report.measured == pytest.approx(((a[site] - b[site]) ** 2).sum() / (a[site] ** 2).sum(), rel=1e-3)
+        site = f"blocks.{report.block}"
+        parts = ("attn", "mlp") if report.part == "mlp" else ("attn",)
+        dense, small = (s[site] + sum(s[f"{site}.{part}"] for part in parts) for s in (a, b))
+        assert report.measured == pytest.approx(((dense - small) ** 2).sum() / (dense**2).sum(), rel=1e-3)
 
 
 def test_configure_refuses_what_corp_leaves_alone() -> None:
     with pytest.raises(ConfigError, match=r"pruner must be one of .* got 'crop'"):
         configure("crop", {})
-    with pytest.raises(ConfigError, match=r"pruner 'corp' must not be given vo_ratio, got 0\.5"):
+    with pytest.raises(ConfigError, match=r"pruner 'corp' must not be given vo_ratio, got 0\.5") as caught:
         configure("corp", {"vo_ratio": 0.5})
+    assert caught.value.hint == "Use --pruner obs."
