@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compressor.errors import ConfigError, DataError
-from compressor.quantize.grid import symmetric
+from compressor.quantize.grid import affine, symmetric
 from compressor.quantize.search import Search, golden, histogram_error, row_error
 from compressor.types import (
     PRECISION_BITS,
@@ -36,11 +36,13 @@ class QuantizeConfig:
     Args:
         precision: bits of weights and activations.
         skip: patterns of weight names left in float, e.g. ``"head.weight"`` or ``"blocks.0.*"``.
+        asymmetric: sites that get a zero point where it helps, by their last word: ``"fc2"`` is every ``blocks.i.fc2``.
         search: scale search; `golden`, or another of `compressor.quantize.search`.
     """
 
     precision: Precision = "w8a8"
     skip: tuple[str, ...] = ()
+    asymmetric: tuple[str, ...] = ()
     search: Search = golden
 
     def __post_init__(self) -> None:
@@ -92,18 +94,29 @@ def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantiz
         if site not in stats.histograms:
             raise DataError(f"quantize: the statistics must have a histogram of {site!r}, got none.")
         if site not in activations:
-            activations[site] = activation_grid(stats.histograms[site], activation_bits, config.search)
+            asymmetric = site.rpartition(".")[2] in config.asymmetric
+            activations[site] = activation_grid(
+                stats.histograms[site], activation_bits, config.search, asymmetric=asymmetric
+            )
         weights[name] = weight_grid(model.weights[name], weight_bits, config.search, _energy(stats, site))
     return Quantization(weights, activations, config.precision)
 
 
-def activation_grid(histogram: Histogram, bits: int, search: Search = golden) -> QParams:
-    """The symmetric per-tensor grid with the least expected squared error."""
-    steps = 2 ** (bits - 1) - 1
+def activation_grid(histogram: Histogram, bits: int, search: Search = golden, *, asymmetric: bool = False) -> QParams:
+    """The per-tensor grid with the least expected squared error; with a zero point only where that is better.
+
+    The asymmetric grid keeps every negative value, which suits what follows a GELU, and searches the positive end.
+    """
     if not histogram.amax > 0:
         return symmetric(0.0, bits)
-    found = search(histogram_error(histogram, steps), np.asarray([histogram.amax / steps]))
-    return symmetric(found.scale[0] * steps, bits)
+    steps = 2 ** (bits - 1) - 1
+    even = search(histogram_error(histogram, bits), np.asarray([histogram.amax / steps]))
+    if asymmetric:
+        low, levels = histogram.negative, 2**bits - 1
+        skewed = search(histogram_error(histogram, bits, low), np.asarray([(histogram.amax - low) / levels]))
+        if skewed.error[0] < even.error[0]:
+            return affine(low, low + skewed.scale[0] * levels, bits)
+    return symmetric(even.scale[0] * steps, bits)
 
 
 def weight_grid(weight: Array, bits: int, search: Search = golden, energy: Array | None = None) -> QParams:

@@ -126,7 +126,7 @@ class _Track:
 # --------------------------------------------------------------------------- objectives
 
 
-def histogram_error(histogram: Histogram, steps: int) -> Objective:
+def histogram_error(histogram: Histogram, bits: int, low: float | None = None) -> Objective:
     """Objective: mean squared rounding error of one tensor whose magnitudes follow `histogram`.
 
     The density is uniform inside each bin, so the integral is exact: over u = x / scale in [0, u] it is
@@ -134,7 +134,9 @@ def histogram_error(histogram: Histogram, steps: int) -> Objective:
 
     Args:
         histogram: of |x|.
-        steps: the largest integer of the grid, 127 for symmetric int8.
+        bits: of the grid.
+        low: None for the symmetric grid; otherwise the grid reaches down to `low`, which must cover every negative value,
+            and its remaining integers go to the positive side.
 
     Returns:
         Function of scales (R,) to mean squared errors (R,).
@@ -144,17 +146,20 @@ def histogram_error(histogram: Histogram, steps: int) -> Objective:
         raise ConfigError("quantize: an activation histogram must not be empty.")
     edges = 2.0 ** (LOW + np.arange(BINS + 1) / PER_OCTAVE)
     edges[0], edges[-1] = 0.0, max(edges[-1], histogram.amax)
-    low = edges[filled]
-    high = np.maximum(np.minimum(edges[filled + 1], histogram.amax), low * (1 + 1e-9) + 1e-300)
-    density = histogram.counts[filled] / histogram.counts.sum() / (high - low)
+    below = edges[filled]
+    above = np.maximum(np.minimum(edges[filled + 1], histogram.amax), below * (1 + 1e-9) + 1e-300)
+    density = histogram.counts[filled] / histogram.counts.sum() / (above - below)
 
-    def integral(u: Array) -> Array:
+    def integral(u: Array, steps: Array) -> Array:
         n = np.minimum(np.rint(u), steps)
         return n / 12 + (u - n) ** 3 / 3
 
     def error(scale: Array) -> Array:
         s = np.asarray(scale, dtype=np.float64)[:, None]
-        return np.asarray(((integral(high / s) - integral(low / s)) * s**3) @ density)
+        steps = (
+            np.maximum(2**bits - 1 - np.rint(-low / s), 0) if low is not None else np.full_like(s, 2 ** (bits - 1) - 1)
+        )
+        return np.asarray(((integral(above / s, steps) - integral(below / s, steps)) * s**3) @ density)
 
     return error
 

@@ -138,7 +138,7 @@ def sample(kind: str, n: int = 20_000) -> np.ndarray:
 def test_histogram_error_is_the_sampled_error(kind, bits):
     x = sample(kind)
     steps = 2 ** (bits - 1) - 1
-    objective = histogram_error(histogram(x), steps)
+    objective = histogram_error(histogram(x), bits)
     for f in (1.0, 0.6, 0.2, 0.05):
         s = np.abs(x).max() / steps * f
         true = np.mean((x - np.clip(np.rint(x / s), -steps, steps) * s) ** 2)
@@ -155,7 +155,7 @@ def test_histogram_error_integrates_exactly():
     x = np.linspace(low, high, 400_001)
     for s in (0.003, 0.1, 0.7, 3.0):
         slow = np.mean((x - np.clip(np.rint(x / s), 0, 7) * s) ** 2)
-        got = histogram_error(Histogram(counts, high), 7)(np.array([s]))[0]
+        got = histogram_error(Histogram(counts, high), 4)(np.array([s]))[0]
         assert got == pytest.approx(slow, rel=1e-4)  # the sum's discretisation
 
 
@@ -178,7 +178,7 @@ def test_golden_is_never_worse_than_minmax_nor_far_from_exhaustive(seed, bits, p
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_golden_meets_exhaustive_at_a_fifth_of_the_evaluations(kind, bits):
     x, steps = sample(kind), 2 ** (bits - 1) - 1
-    objective, minmax = histogram_error(histogram(x), steps), np.array([np.abs(x).max() / steps])
+    objective, minmax = histogram_error(histogram(x), bits), np.array([np.abs(x).max() / steps])
     fast, slow = golden(objective, minmax), exhaustive(objective, minmax)
     assert fast.error[0] <= 1.001 * slow.error[0]
     assert fast.evaluations * 4 <= slow.evaluations
@@ -187,7 +187,7 @@ def test_golden_meets_exhaustive_at_a_fifth_of_the_evaluations(kind, bits):
 def test_ternary_is_led_astray_where_golden_is_not():
     """Negative control of the published search: two wells, as rounding and clipping of a heavy tail can make them."""
     x = sample("outliers")
-    objective, minmax = histogram_error(histogram(x), 7), np.array([np.abs(x).max() / 7])
+    objective, minmax = histogram_error(histogram(x), 4), np.array([np.abs(x).max() / 7])
     assert golden(objective, minmax).error[0] <= ternary(objective, minmax).error[0]
     two_wells = lambda s: np.where(s < 0.2, 0.1 + np.abs(s - 0.12), 3 - s)  # noqa: E731
     assert ternary(two_wells, np.ones(1)).error[0] > 0.5
@@ -301,6 +301,19 @@ def test_searched_activation_grid_beats_minmax():
     assert np.mean((fake_quant(x, found) - x) ** 2) < 0.5 * np.mean((fake_quant(x, minmax) - x) ** 2)
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_asymmetric_grid_is_exact_about_gelu_and_kept_only_where_better(bits):
+    x = sample("gelu")
+    found, even = activation_grid(histogram(x), bits, asymmetric=True), activation_grid(histogram(x), bits)
+    error = {q.zero_point: np.mean((fake_quant(x, q) - x) ** 2) for q in (found, even)}
+    assert found.zero_point != 0
+    assert error[found.zero_point] < 0.5 * error[0]
+    assert float(found.scale) * (found.qmin - found.zero_point) <= x.min() + float(found.scale)
+    y = sample("normal")
+    y[0] = -2 * np.abs(y).max()  # one negative outlier, which an asymmetric grid would have to cover
+    assert activation_grid(histogram(y), bits, asymmetric=True).zero_point == 0
+
+
 def test_weight_grid_handles_a_pruned_away_row():
     w = np.vstack([np.zeros((1, 6)), np.ones((1, 6))]).astype(np.float32)
     assert np.array_equal(fake_quant(w, weight_grid(w, 8))[0], w[0])
@@ -322,4 +335,4 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(DataError, match=r"histogram of 'patch', got none"):
         plan(model, Statistics(0, {}, {}, {}), QuantizeConfig())
     with pytest.raises(ConfigError, match="histogram must not be empty"):
-        histogram_error(Histogram(np.zeros(BINS, dtype=np.int64), 0.0), 127)
+        histogram_error(Histogram(np.zeros(BINS, dtype=np.int64), 0.0), 8)
