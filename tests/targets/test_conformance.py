@@ -194,8 +194,12 @@ def test_threads_are_honoured(target, tmp_path, wide):
         pytest.skip(f"{target.NAME}: {UNTHREADED[target.NAME]}")
     artifact = make(target, tmp_path, model=wide)
     pixels = random_pixels(wide.spec, 8 if artifact.inputs[0].shape[0] == -1 else 1)
-    assert busy_threads(opened(target, artifact, 1), pixels) == 1
-    assert busy_threads(opened(target, artifact, 2), pixels) == 2
+    single = opened(target, artifact, 1)
+    assert {busy_threads(single, pixels) for _ in range(3)} == {1}
+    double = opened(target, artifact, 2)
+    # A busy machine may run the second thread too late to find work left: seen once is enough, three never.
+    seen = {busy_threads(double, pixels) for _ in range(10)}
+    assert 2 in seen and max(seen) == 2
 
 
 def test_damaged_artifacts_are_refused(target, tmp_path):
