@@ -11,7 +11,7 @@ import pytest
 
 import targets
 from compressor.lower import lower
-from compressor.types import Artifact, BuildOptions, Model, OpRecord, Precision, Quantization
+from compressor.types import Artifact, BuildOptions, Model, OpRecord, Precision, QParams, Quantization
 from targets import ov
 from tests.models import BASE, SPECS, linear_sites, minmax, random_model, random_pixels, torch_logits
 
@@ -46,6 +46,17 @@ def test_every_linear_runs_in_int8(name, spec, batch, tmp_path):
     artifact = build(name, model, tmp_path, "w8a8", minmax(model, pixels))
     ran = executed(targets.get(name).open(artifact).ops({"pixels": pixels}), model)
     assert ran == dict.fromkeys(linears(model), "int8")
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_zero_points_of_activations_stay_in_int8(name, tmp_path):
+    model, pixels = random_model(), random_pixels(BASE, 1)
+    plan = minmax(model, pixels)
+    moved = {s: QParams(q.scale, 7, 8) for s, q in plan.activations.items()}
+    artifact = build(name, model, tmp_path, "w8a8", Quantization(plan.weights, moved))
+    session = targets.get(name).open(artifact)
+    assert executed(session.ops({"pixels": pixels}), model) == dict.fromkeys(linears(model), "int8")
+    assert np.abs(session.run({"pixels": pixels})["logits"] - torch_logits(model, pixels)).max() < 0.35
 
 
 @pytest.mark.parametrize("name", ["ort", "openvino"])

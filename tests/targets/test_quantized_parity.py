@@ -39,6 +39,7 @@ CROSSED = 5e-5  # share of integers a float32 sum may carry across a rounding bo
 class Demo:
     model: Model
     plan: Quantization
+    skewed: Quantization  # with zero points at the inputs of fc2
     golden: np.ndarray
 
 
@@ -48,7 +49,8 @@ def demo() -> Demo:
     model = load("demo")
     images = list(batches(open_images("demo", limit=64), model.preprocess, 32))
     stats = observe(to_torch(model), images, ObservePlan())
-    return Demo(model, quantize(model, stats, QuantizeConfig("w8a8")), images[0][:8])
+    plans = (quantize(model, stats, QuantizeConfig("w8a8", asymmetric=sites)) for sites in ((), ("fc2",)))
+    return Demo(model, *plans, images[0][:8])
 
 
 def runtime_integers(demo: Demo, form: Capabilities) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
@@ -104,6 +106,16 @@ def test_simulation_and_runtime_agree_to_one_step(demo, form):
     assert result.worst <= 1
     assert result.crossed < CROSSED
     assert result.logits < 1e-4  # float32 sums, on equal integers
+
+
+@pytest.mark.parametrize("form", ["ort", "qdq"])
+def test_zero_points_change_nothing_about_it(demo, form):
+    assert all(q.zero_point != 0 for site, q in demo.skewed.activations.items() if site.endswith("fc2"))
+    skewed = replace(demo, plan=demo.skewed)
+    sites, logits = runtime_integers(skewed, FORMS[form])
+    result = compare(skewed, skewed.plan, sites, logits)
+    assert result.worst <= 1 and result.crossed < CROSSED and result.logits < 1e-4
+    assert compare(skewed, demo.plan, sites, logits).worst > 10  # control: without the zero points
 
 
 @pytest.mark.parametrize(("what", "site"), [("weights", "blocks.4.fc1.weight"), ("activations", "blocks.4.fc1")])
