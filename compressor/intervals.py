@@ -108,4 +108,5 @@ def _binomial(n: int, q: float) -> NDArray[np.float64]:
     """P(K = k) for k = 0..n, K ~ Binomial(n, q); (n + 1,) float64, by logarithms so that no term overflows."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])  # log k!
     k = np.arange(n + 1)
-    return np.exp(logs[n] - logs[k] - logs[n - k] + k * math.log(q) + (n - k) * math.log1p(-q))
+    terms: NDArray[np.float64] = np.exp(logs[n] - logs[k] - logs[n - k] + k * math.log(q) + (n - k) * math.log1p(-q))
+    return terms

@@ -55,7 +55,8 @@ class VitSpec:
 
     `prefix_tokens` counts class, distillation and register tokens; token 0 is the class token when there is one.
     `pool` says what the head reads: ``token`` (token 0), ``avg`` (mean of the patch tokens), ``token_dist`` (tokens 0 and 1
-    side by side), ``token_avg`` (token 0 and the patch mean side by side). `num_classes` 0 means the pooled feature is the output.
+    side by side), ``token_avg`` (token 0 and the patch mean side by side). `num_classes` 0 means the pooled feature is the
+    output.
     """
 
     image_size: tuple[int, int]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import targets
 from calibration import data
 from calibration.observe import ObservePlan, observe
 from compressor import checkpoint
@@ -107,11 +108,24 @@ def prune_stage(
 
 
 def prune_options(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says about pruning, by the names that the pruners' configurations use."""
-    options = {n: getattr(recipe, n) for n in ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio", "drop_blocks")}
-    targets = [(kind, getattr(recipe, f"target_{kind}")) for kind in ("macs", "params")]
-    given = [(kind, share) for kind, share in targets if share is not None]
-    return {**options, "damping": recipe.damping, "target": given[0] if given else None}
+    """What the recipe says about pruning, by the names that the pruners' configurations use.
+
+    Widths become multiples of what the kernels of every target like; CORP, as published, knows no such rounding.
+    """
+    names = (
+        "mlp_ratio",
+        "qk_ratio",
+        "vo_ratio",
+        "head_ratio",
+        "drop_blocks",
+        "target_macs",
+        "target_params",
+        "damping",
+    )
+    options = {n: getattr(recipe, n) for n in names}
+    if recipe.pruner == "obs":
+        options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
+    return options
 
 
 def quantize_stage(

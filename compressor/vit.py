@@ -142,4 +142,4 @@ def to_torch(model: Model, device: torch.device | str = "cpu") -> VisionTransfor
     """`model` as a torch module in eval mode, without gradients, on `device`."""
     module = VisionTransformer(model.spec)
     module.load_state_dict({name: torch.from_numpy(w) for name, w in model.weights.items()}, assign=True)
-    return module.requires_grad_(False).eval().to(device)
+    return module.requires_grad_(requires_grad=False).eval().to(device)

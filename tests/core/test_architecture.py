@@ -134,7 +134,8 @@ def test_the_rule_sees_a_runtime(tmp_path):
     assert runtime_uses(planted) == ["onnxruntime at the top", "openvino inside"]
 
 
-HEAVY = "sorted(m for m in ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'openvino', 'nncf', 'numpy', 'pydantic', 'PIL') if m in sys.modules)"
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxruntime", "openvino", "nncf", "numpy", "pydantic", "PIL")
+HEAVY = f"sorted(m for m in {PACKAGES} if m in sys.modules)"
 
 
 def loaded_by(code: str) -> str:
