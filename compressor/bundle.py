@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import targets
 from calibration.preprocess import apply
 from compressor.errors import BundleError, ConfigError, unknown_name
-from compressor.types import Array, Artifact, Preprocess, Session, TensorSpec
+from compressor.types import Array, Artifact, BlockSpec, Preprocess, Session, TensorSpec, VitSpec
 from compressor.verify import tolerance
 
 __all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "seal", "sha256_file"]
@@ -234,6 +234,17 @@ class Bundle:
         except (TypeError, ConfigError) as error:
             raise BundleError(
                 f"{self.root}: manifest preprocess is not valid: {error}.", hint="Make the bundle again."
+            ) from None
+
+    @cached_property
+    def spec(self) -> VitSpec:
+        """The sizes of the network."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.spec.items()}
+        try:
+            return VitSpec(**{**fields, "blocks": tuple(BlockSpec(**b) for b in fields["blocks"])})
+        except (TypeError, KeyError, ConfigError) as error:
+            raise BundleError(
+                f"{self.root}: manifest spec is not valid: {error}.", hint="Make the bundle again."
             ) from None
 
     @cached_property

@@ -13,12 +13,13 @@ import numpy as np
 
 import targets
 from calibration import data
+from compressor import peaks
 from compressor.bundle import Bundle
 from compressor.errors import BundleError, ConfigError
 from compressor.profile import ProfileConfig, profile
 from compressor.profile_json import to_json
 from compressor.result import Result
-from compressor.types import Array, Artifact, Preprocess, Session
+from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
 from compressor.verify import accuracy
 
 __all__ = ["Source", "evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
@@ -53,6 +54,7 @@ class Opened:
     labels: tuple[str, ...]
     num_classes: int
     golden: Array | None  # (8, C, h, w) of a bundle
+    spec: VitSpec
 
 
 def open_source(source: Source, stack: ExitStack) -> Opened:
@@ -64,7 +66,14 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
         classes = int(manifest.spec.get("num_classes", 0))
         opener: Callable[[], Session] = partial(targets.get(name).open, artifact, threads=source.threads)
         return Opened(
-            name, opener, artifact, bundle.preprocess, tuple(manifest.labels), classes, bundle.golden["inputs"]
+            name,
+            opener,
+            artifact,
+            bundle.preprocess,
+            tuple(manifest.labels),
+            classes,
+            bundle.golden["inputs"],
+            bundle.spec,
         )
     from compressor import checkpoint
     from compressor.candidates import open_model
@@ -72,7 +81,7 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
     model = checkpoint.load(source.path, arch=source.arch)
     name = source.target or "ort"
     opener, artifact = open_model(model, name, source.threads, stack)
-    return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None)
+    return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None, model.spec)
 
 
 def profile_source(source: Source, *, batch: int, per_op: bool) -> dict[str, Any]:
@@ -96,7 +105,8 @@ def profile_source(source: Source, *, batch: int, per_op: bool) -> dict[str, Any
             opened.opener, inputs, ProfileConfig(threads=source.threads, target=opened.target, versions=versions)
         )
         ops = opened.opener().ops(inputs) if per_op else ()
-    return {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops))}
+        parts = peaks.parts(ops, opened.spec, opened.artifact, threads=source.threads, batch=batch) if ops else []
+    return {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops)), "parts": parts}
 
 
 def evaluate_source(source: Source, images: str, reference: str | None, progress: Progress) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = [
     "Prepared",
     "ProfileConfig",
     "Stopwatch",
+    "copy_bytes_per_s",
     "faster",
     "interleave",
     "measure",
@@ -182,6 +183,17 @@ def interleave(sessions: Mapping[str, Session], inputs: Inputs, config: ProfileC
         for name in _order(names, r):
             taken[name] += sample_undisturbed(sessions[name], inputs, runs=1)
     return {name: tuple(samples) for name, samples in taken.items()}
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written per second by one thread copying 64 MB, the best of five: what memory gives at most."""
+    source = np.ones(8 << 20)
+    copy, best = np.empty_like(source), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        np.copyto(copy, source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def timer() -> Callable[[], float]:

@@ -102,6 +102,20 @@ def profile(found: Json) -> list[Any]:
     cold = f"  load {found['load_ms']:.3g} ms, first run {found['first_run_ms']:.3g} ms"
     memory = f"peak memory {found['peak_rss_bytes'] / 1e6:.0f} MB"
     lines: list[Any] = [line, f"  latency ms: {times}", f"{cold}, {memory}"]
+    if found["parts"]:
+        rows = [
+            [
+                "" if part["block"] is None else str(part["block"]),
+                part["part"],
+                part["precision"],
+                f"{part['time_ms']:.3f}",
+                f"{part['share']:.1%}",
+                "" if part["efficiency"] is None else f"{part['efficiency']:.0%}",
+            ]
+            for part in found["parts"]
+        ]
+        heads = ["block", "part", "precision", "ms", "share", "of this machine's peak"]
+        lines.append(_table("Time per part of the network", heads, rows))
     if found["ops"]:
         slowest = sorted(found["ops"], key=lambda op: -op["time_ms"])[:25]
         rows = [

@@ -31,6 +31,7 @@ ORCHESTRATION = {
         "doctor",
         "duel",
         "gating",
+        "peaks",
         "inference",
         "output",
         "pipeline",
