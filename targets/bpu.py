@@ -34,6 +34,7 @@ CAPABILITIES = Capabilities(
     opset=11,
     precisions=("w8a8",),
     norm="conv",
+    patch="halving",  # one block of DeiT-Tiny at O2: 0.47 ms, against 1.95 with the 16 x 16 convolution
     gelu="erf",  # the mapper turns the whole pattern into one table look-up
     softmax="exp_conv",
     logits="map",
