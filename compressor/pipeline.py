@@ -22,6 +22,8 @@ from compressor.build_plan import is_planned, make_plan
 from compressor.bundle import artifact_entry, seal
 from compressor.cache import Cache
 from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
+from compressor.compiled import Compiled, compile_model, is_compiled
+from compressor.compiled import to_json as compiled_json
 from compressor.device import fingerprint, peak_rss_bytes
 from compressor.errors import ConfigError
 from compressor.output import write_json
@@ -50,6 +52,7 @@ class Run:
     images: Images
     outcomes: tuple[Outcome, ...]
     plans: tuple[Artifact, ...]  # of targets whose artifacts are completed on the device
+    compiled: tuple[Compiled, ...]  # of chips that are not here
     pixels: Array  # (n, C, h, w) the calibration inputs of the parity checks
     expected: Array  # (n, classes)
 
@@ -94,7 +97,7 @@ def _refuse_early(recipe: Recipe) -> None:
         precisions(name, recipe.precision)
         if not is_planned(name):
             require(name)
-    if all(is_planned(name) for name in recipe.targets):
+    if all(is_planned(name) or is_compiled(name) for name in recipe.targets):
         raise ConfigError(
             f"targets must hold at least one that runs here, got {', '.join(recipe.targets)}.", hint="Add --target ort."
         )
@@ -123,17 +126,20 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
     pixels = np.concatenate(list(data.batches(subset, model.preprocess, 64)))
     expected = torch_logits(model, pixels)
     job = Contest(reference, model, expected, pixels, pixels[:GOLDEN], grids, recipe.threads, recipe.quantizer)
-    outcomes, plans = [], []
+    outcomes, plans, compiled = [], [], []
     for done, name in enumerate(recipe.targets, 1):
         with watch(f"target {name}"):
             home = folder / "targets" / name
             home.mkdir(parents=True)
             if is_planned(name):
                 plans.append(make_plan(model, name, precisions(name, recipe.precision), grids, home))
+            elif is_compiled(name):
+                compiled.append(compile_model(job, name, recipe.precision, home))
             else:
                 outcomes.append(contest(job, name, recipe.precision, home))
         progress("build, verify, race", done, len(recipe.targets))
-    return Run(recipe, reference, model, blocks, images, tuple(outcomes), tuple(plans), pixels, expected)
+    made = tuple(outcomes), tuple(plans), tuple(compiled)
+    return Run(recipe, reference, model, blocks, images, *made, pixels, expected)
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -177,6 +183,7 @@ def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "n": first["n"],
         },
         "targets": [_target_result(o, accuracies[o.target]) for o in run.outcomes],
+        "compiled": [compiled_json(c) for c in run.compiled],
         "plans": [
             {"name": p.target, "size_bytes": p.size_bytes, "next": "vitrim build, on the device"} for p in run.plans
         ],
@@ -205,6 +212,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
     """Everything of the bundle but the reports and the seal; returns the manifest's content."""
     checkpoint.save(run.model, folder)
     arrays: dict[str, Any] = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
+    arrays |= {f"outputs.{c.artifact.target}": c.golden for c in run.compiled}
     np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
     origin = run.reference.origin
     return {
@@ -222,7 +230,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
         "targets": {
             a.target: artifact_entry(a, folder).model_dump()
-            for a in (*(o.kept.artifact for o in run.outcomes), *run.plans)
+            for a in (*(o.kept.artifact for o in run.outcomes), *(c.artifact for c in run.compiled), *run.plans)
         },
     }
 

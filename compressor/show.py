@@ -75,6 +75,13 @@ def compressed(result: Json) -> list[Any]:
     columns = ["target", "kept", "before ms", "after ms", "speed-up", "MB", "top-1"]
     lines: list[Any] = [_table(f"{result['model']}", ["", "before", "after"], size), _table("Targets", columns, rows)]
     lines += [f"{t['name']}: {t['reason']}" for t in result["targets"]]
+    for c in result["compiled"]:
+        modelled = "no latency estimate" if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
+        share = (
+            f"{100 * c['npu_mac_share']:.0f} % of MACs on the accelerator, {len(c['cpu_ops'])} operations on the CPU"
+        )
+        lines.append(f"{c['name']}: {c['precision']}, {modelled} by {c['estimator']}; {share}")
+    lines += [f"{p['name']}: a build plan; next: vitrim build, on the device" for p in result["plans"]]
     return [
         *lines,
         f"Wrote {result['bundle']} in {sum(result['timings_s'].values()):.0f} s; next: vitrim report {result['bundle']}",

@@ -28,6 +28,7 @@ ORCHESTRATION = {
         "bundle",
         "cache",
         "candidates",
+        "compiled",
         "doctor",
         "duel",
         "gating",
