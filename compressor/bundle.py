@@ -239,7 +239,7 @@ class Bundle:
     @cached_property
     def spec(self) -> VitSpec:
         """The sizes of the network."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.spec.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.spec.items()}
         try:
             return VitSpec(**{**fields, "blocks": tuple(BlockSpec(**b) for b in fields["blocks"])})
         except (TypeError, KeyError, ConfigError) as error:

@@ -87,4 +87,6 @@ def _quantization(model: Model) -> Quantization:
     for name in ("blocks.0.fc1.weight", "blocks.0.fc2.weight"):
         scale = np.abs(model.weights[name]).max(axis=1) / np.float32(127)
         weights[name] = QParams(scale, 0, 8, axis=0)
-    return Quantization(weights, {site: QParams(np.float32(0.05), 0, 8) for site in ("blocks.0.fc1", "blocks.0.fc2")})
+    return Quantization(
+        weights, {site: QParams(np.asarray(0.05, np.float32), 0, 8) for site in ("blocks.0.fc1", "blocks.0.fc2")}
+    )
