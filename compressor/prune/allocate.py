@@ -44,7 +44,7 @@ from compressor.vit import Block, VisionTransformer
 __all__ = ["Curve", "allocate", "measure_curves"]
 
 Width = Literal["qk_dim", "v_dim", "mlp_dim"]
-SMALLEST = 8  # of a width, one part in so many always stays
+SMALLEST = 16  # of a width, one part in so many always stays
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def allocate(
     if cost(spec) <= budget:
         return spec
     raise ConfigError(
-        f"target must be reachable, got {budget:.4g} where the smallest sizes still cost {cost(spec):.4g}.",
+        f"target must be reachable, got {budget:,.0f} where the smallest sizes cost {cost(spec):,}.",
         hint="Raise the target, or drop blocks with --drop-blocks.",
     )
 
@@ -156,7 +156,7 @@ def _queries(block: Block, before: TokenStream, weight: Tensor) -> tuple[Width, 
 def _values(block: Block, before: TokenStream, goal: TokenStream, weight: Tensor) -> tuple[Width, Tensor, TokenStream]:
     """Curve of the value width, and the stream behind the attention with half of it."""
     spec, anchor, small = block.spec, double(block.proj.weight), opened(block)
-    fit, held = branch_sums(small.attention, spec.heads * spec.v_dim, before, goal, weight)
+    fit, held = branch_sums(small.attention, before, goal, weight)
     basis, errors = reduce_values(fit.objective(held).damped(DEFAULT, anchor), spec.heads, spec.v_dim // 2)
     fold_heads(small, "v", basis)
     close_attention(small, fold(fit, held, anchor, block_diagonal(basis), DEFAULT))
@@ -166,7 +166,7 @@ def _values(block: Block, before: TokenStream, goal: TokenStream, weight: Tensor
 def _units(block: Block, middle: TokenStream, goal: TokenStream, weight: Tensor) -> tuple[Width, Tensor, TokenStream]:
     """Curve of the hidden width, and the stream behind the MLP with half of it."""
     width, anchor, small = block.spec.mlp_dim, double(block.fc2.weight), opened(block)
-    fit, held = branch_sums(small.mlp, width, middle, goal, weight)
+    fit, held = branch_sums(small.mlp, middle, goal, weight)
     gone = eliminate(fit.objective(held).damped(DEFAULT, anchor), max(width // SMALLEST, 1))
     added = gone.added.cumsum(0)
     errors = torch.cat([added[-1:].expand(width - len(added)), added.flip(0), added.new_zeros(1)])

@@ -44,8 +44,8 @@ def output_error(expected: Tensor, got: Tensor) -> float:
     return (a - b).square().sum().item() / max((a - a.mean(0)).square().sum().item(), 1e-300)
 
 
-def least_important(module: VisionTransformer, tokens: Tensor, count: int) -> list[int]:
-    """Ascending indices of `count` blocks, taken greedily by the output error of leaving them out.
+def least_important(module: VisionTransformer, tokens: Tensor, count: int) -> dict[int, float]:
+    """`count` blocks, taken greedily by the output error of leaving them out, and that error when each was taken.
 
     A block left out is made up for by what it adds on average to each token (as `obs` does, and better, when it fits
     the fc2 before it), so a block that only adds constants costs nothing.
@@ -57,7 +57,7 @@ def least_important(module: VisionTransformer, tokens: Tensor, count: int) -> li
     """
     steps: list[Step] = [*blocks_of(module)]  # a block, or the constant (T, C) it was replaced by
     expected = module.classify(_through(steps, tokens))
-    dropped: list[int] = []
+    dropped: dict[int, float] = {}
     for _ in range(count):
         errors: dict[int, float] = {}
         constants: dict[int, Tensor] = {}
@@ -71,8 +71,8 @@ def least_important(module: VisionTransformer, tokens: Tensor, count: int) -> li
             x = y
         least = min(errors, key=lambda i: errors[i])
         steps[least] = constants[least]
-        dropped.append(least)
-    return sorted(dropped)
+        dropped[least] = errors[least]
+    return dropped
 
 
 def _through(steps: Sequence[Step], x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ the error with compensation instead of a score without, V/O, heads and blocks to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -112,9 +112,14 @@ def prune(
         if len(tokens) == 0:
             raise DataError("Calibration data must hold at least one image, got none.", hint="Point --data at images.")
         weight = token_weights(model.spec).to(device)
-        sizes = _sizes(dense, tokens, weight, config)
+        dropped: dict[int, float] = {}
+        if config.drop_blocks > 0:
+            dropped = least_important(dense, torch.cat(list(tokens.first(FEW))), config.drop_blocks)
+        sizes = _sizes(dense, tokens, weight, config, dropped)
         run = SequentialPass(tokens, weight, None if config.damping == "auto" else float(config.damping))
-        return _sequential(model, dense, run, sizes)
+        result = _sequential(model, dense, run, sizes)
+    gone = [BlockReport(i, "block", 1, 0, error, 0.0) for i, error in dropped.items()]
+    return replace(result, blocks=tuple(sorted([*result.blocks, *gone], key=lambda r: r.block)))
 
 
 def token_weights(spec: VitSpec) -> Tensor:
@@ -128,11 +133,10 @@ def token_weights(spec: VitSpec) -> Tensor:
     return weight
 
 
-def _sizes(dense: VisionTransformer, tokens: TokenStream, weight: Tensor, config: ObsConfig) -> list[BlockSpec | None]:
-    """The size of every block of the dense network; None where it goes."""
-    dropped: list[int] = []
-    if config.drop_blocks > 0:
-        dropped = least_important(dense, torch.cat(list(tokens.first(FEW))), config.drop_blocks)
+def _sizes(
+    dense: VisionTransformer, tokens: TokenStream, weight: Tensor, config: ObsConfig, dropped: Collection[int]
+) -> list[BlockSpec | None]:
+    """The size of every block of the dense network; None where it is dropped."""
     alive = [i for i in range(len(dense.blocks)) if i not in dropped]
     if config.target is None:
         return [uniform(b, config) if i in alive else None for i, b in enumerate(dense.spec.blocks)]
@@ -171,7 +175,7 @@ def uniform(block: BlockSpec, config: ObsConfig) -> BlockSpec:
 def _sequential(model: Model, dense: VisionTransformer, run: SequentialPass, sizes: list[BlockSpec | None]) -> Pruned:
     """Fit block after block; blocks dropped at the very front are made up for in the positions."""
     alive = [i for i, size in enumerate(sizes) if size is not None]
-    reports = [BlockReport(i, "block", 1, 0, 0.0, 0.0) for i, size in enumerate(sizes) if size is None]
+    reports: list[BlockReport] = []
     changed: dict[str, Array] = {}
     if alive[0] > 0:
         constant = run.skip(blocks_of(dense)[: alive[0]]).cpu().numpy()
@@ -188,4 +192,4 @@ def _sequential(model: Model, dense: VisionTransformer, run: SequentialPass, siz
         specs.append(size)
         reports += rows
     spec = replace(model.spec, blocks=tuple(specs))
-    return Pruned(model.with_weights(spec, changed), tuple(sorted(reports, key=lambda r: r.block)))
+    return Pruned(model.with_weights(spec, changed), tuple(reports))

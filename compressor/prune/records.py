@@ -17,9 +17,9 @@ class BlockReport:
     """What happened to one part of one block.
 
     Errors are squared and relative: energy of the change over energy of the dense quantity. `predicted` comes from the
-    statistics the fit saw (logits for "qk", branch output otherwise), the block's input being what the fit assumed.
-    `measured` is the change of the whole branch's output on calibration images with everything before it compressed
-    too; None where it was not measured.
+    statistics the choice was made on: of the logits for "qk", of the network's output for "block", else of what the
+    branch had to contribute. `measured` is the distance of the token stream behind the branch to the dense one, on the
+    calibration images and with everything before it compressed too; None where it was not measured.
     """
 
     block: int  # index in the dense model

@@ -25,6 +25,7 @@ __all__ = ["DAMPINGS", "CrossSum", "Fold", "Objective", "Quadratic", "fold", "re
 
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # the grid of automatic damping
 DEFAULT = 1e-3  # where there is nothing to choose by
+NOISE = 1e-6  # of float32 products, as a share of the second moments they are taken from
 TINY = 1e-300  # keeps 0 / 0 at 0
 
 
@@ -60,11 +61,12 @@ class Objective:
     mean_x: Tensor  # (M,)
     mean_t: Tensor  # (C,)
     energy: float  # E ||t - mu_t||^2
+    noise: float  # least ridge that keeps sigma positive definite
 
     def damped(self, damping: float, anchor: Tensor) -> Quadratic:
         """The quadratic J(W) + lambda ||W - anchor||^2 of full-width W (C, M)."""
-        scale = self.sigma.diagonal().mean().item()
-        ridge = damping * scale if scale > 0 else 1.0  # inputs that never vary: keep the dense weights
+        ridge = max(damping * self.sigma.diagonal().mean().item(), self.noise)
+        ridge = ridge if ridge > 0 else 1.0  # inputs that never vary: keep the dense weights
         eye = torch.eye(len(self.sigma), dtype=self.sigma.dtype, device=self.sigma.device)
         return Quadratic(self.sigma + ridge * eye, self.cross + ridge * anchor)
 
@@ -81,10 +83,16 @@ class Objective:
 
 
 class CrossSum:
-    """Running sums of weighted rows x (n, M) and targets t (n, C); ``a.objective(b)`` is that of both."""
+    """Running sums of weighted rows x (n, M) and targets t (n, C); ``a.objective(b)`` is that of both.
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self._weight, self._energy = 0.0, 0.0
+    Args:
+        shift: (M,) taken off every x first, near its mean, so that little is lost when means are large.
+        outputs: C.
+    """
+
+    def __init__(self, shift: Tensor, outputs: int) -> None:
+        inputs, device = len(shift), shift.device
+        self._shift, self._weight, self._energy = shift, 0.0, 0.0
         self._x = torch.zeros(inputs, dtype=torch.float64, device=device)
         self._t = torch.zeros(outputs, dtype=torch.float64, device=device)
         self._cross = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
@@ -97,7 +105,7 @@ class CrossSum:
 
     def add(self, x: Tensor, t: Tensor, weight: Tensor) -> None:
         """Add rows x (n, M), t (n, C) of positive weights (n,), float32 or float64."""
-        root = weight.sqrt()[:, None]
+        root, x = weight.sqrt()[:, None], x - self._shift
         self._weight += weight.sum().item()
         self._x += weight @ x
         self._t += weight @ t
@@ -107,7 +115,7 @@ class CrossSum:
         self._gram.add(x)
 
     def objective(self, other: CrossSum | None = None) -> Objective:
-        """The objective over everything added here, and to `other`."""
+        """The objective over everything added here, and to `other` of the same shift."""
         weight, x, t = self._weight, self._x, self._t
         gram, cross, energy = self._gram.matrix(), self._cross, self._energy
         if other is not None:
@@ -116,7 +124,8 @@ class CrossSum:
         mean_x, mean_t = x / weight, t / weight
         sigma, cross = gram / weight - torch.outer(mean_x, mean_x), cross / weight - torch.outer(mean_t, mean_x)
         energy = energy / weight - mean_t.square().sum().item()
-        return Objective(sigma, cross, mean_x, mean_t, max(energy, 0.0))
+        noise = NOISE * (gram.diagonal().mean() / weight + mean_x.square().sum()).item()  # of products, of the mean
+        return Objective(sigma, cross, self._shift + mean_x, mean_t, max(energy, 0.0), noise)
 
 
 @dataclass(frozen=True, eq=False)

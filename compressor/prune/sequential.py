@@ -116,12 +116,12 @@ class SequentialPass:
             energy += dense.double().square().sum().item()
         return change / max(energy, 1e-300)
 
-    def _sums(self, branch: Callable[[Tensor], Tensor], width: int) -> tuple[CrossSum, CrossSum]:
-        return branch_sums(branch, width, self.small, self.dense, self._weight)
+    def _sums(self, branch: Callable[[Tensor], Tensor]) -> tuple[CrossSum, CrossSum]:
+        return branch_sums(branch, self.small, self.dense, self._weight)
 
     def _heads(self, small: Block, anchor: Tensor, keep: int, index: int) -> tuple[BlockReport, Tensor]:
         spec = small.spec
-        fit, held = self._sums(small.attention, spec.heads * spec.v_dim)
+        fit, held = self._sums(small.attention)
         columns = keep_heads(small, remove_heads(fit.objective(held).damped(DEFAULT, anchor), spec.heads, keep))
         fitted = fold(fit, held, anchor, columns, self._damping)
         return _report(index, "heads", spec.heads, keep, fitted), columns
@@ -141,7 +141,7 @@ class SequentialPass:
 
     def _vo(self, small: Block, anchor: Tensor, rank: int, index: int) -> BlockReport:
         spec = small.spec
-        fit, held = self._sums(small.attention, spec.heads * spec.v_dim)
+        fit, held = self._sums(small.attention)
         kept = torch.arange(spec.heads * spec.v_dim, device=anchor.device)
         if rank < spec.v_dim:
             basis, _ = reduce_values(fit.objective(held).damped(DEFAULT, anchor), spec.heads, rank)
@@ -154,7 +154,7 @@ class SequentialPass:
 
     def _mlp(self, small: Block, anchor: Tensor, keep: int, index: int) -> BlockReport:
         width = small.spec.mlp_dim
-        fit, held = self._sums(small.mlp, width)
+        fit, held = self._sums(small.mlp)
         kept = torch.arange(width, device=anchor.device)
         if keep < width:
             kept = eliminate(fit.objective(held).damped(DEFAULT, anchor), keep).kept(width, keep)
@@ -166,15 +166,15 @@ class SequentialPass:
 
 
 def branch_sums(
-    branch: Callable[[Tensor], Tensor], width: int, tokens: TokenStream, goal: TokenStream, weight: Tensor
+    branch: Callable[[Tensor], Tensor], tokens: TokenStream, goal: TokenStream, weight: Tensor
 ) -> tuple[CrossSum, CrossSum]:
-    """Sums of the `width` values that `branch` makes of `tokens` and of what those lack to be `goal`.
+    """Sums of what `branch` makes of `tokens` and of what those lack to be `goal`.
 
     Returns:
         Those of the images fitted, and those of every fourth image, held out.
     """
-    channels = goal[0].shape[2]
-    parts = CrossSum(width, channels, weight.device), CrossSum(width, channels, weight.device)
+    first = branch(tokens[0]).flatten(0, 1)
+    parts = [CrossSum(first.mean(0), goal[0].shape[2]) for _ in range(2)]
     images = 0
     for i, x in enumerate(tokens):
         rows, target = branch(x), goal[i] - x  # (B, T, M), (B, T, C)
@@ -184,7 +184,7 @@ def branch_sums(
             count = int(chosen.sum())
             if count > 0:
                 part.add(rows[chosen].flatten(0, 1), target[chosen].flatten(0, 1), weight.repeat(count))
-    return parts
+    return parts[0], parts[1]
 
 
 def logit_moments(block: Block, tokens: TokenStream, weight: Tensor) -> LogitMoments:

@@ -1,0 +1,264 @@
+"""`--pruner obs` end to end: exact recovery, what it must never do, its options, and the errors it raises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.observe import ObservePlan, observe
+from compressor.errors import ConfigError, DataError
+from compressor.prune import CorpConfig, ObsConfig, Pruned, configure, corp, obs, prune
+from compressor.prune.importance import least_important, output_error, weight_entropy
+from compressor.types import BlockSpec, Model, Pool, Preprocess, VitSpec
+from compressor.vit import build, to_torch
+
+
+def make(*blocks: BlockSpec, pool: Pool = "token", seed: int = 0) -> Model:
+    """A network with weights large enough that every part matters."""
+    spec = VitSpec((16, 16), (4, 4), 3, 24, blocks, num_classes=5, pool=pool, prefix_tokens=2)
+    torch.manual_seed(seed)
+    weights = {n: p.detach().numpy().copy() for n, p in build(spec).named_parameters()}
+    rng = np.random.default_rng(seed)
+    for name in ("pos", "prefix"):
+        weights[name] = rng.standard_normal(weights[name].shape).astype(np.float32)
+    for name in weights:
+        if name.endswith(("q.weight", "k.weight", "fc1.weight")):
+            weights[name] *= 3
+    return Model(spec, weights, Preprocess((16, 16)))
+
+
+def pixels(count: int = 12, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 3, 16, 16)).astype(np.float32)
+
+
+def run(model: Model, images: np.ndarray, config: ObsConfig) -> Pruned:
+    return obs.prune(model, lambda: [images[i : i + 5] for i in range(0, len(images), 5)], config, "cpu")
+
+
+def logits(model: Model, images: np.ndarray) -> torch.Tensor:
+    return to_torch(model)(torch.from_numpy(images))
+
+
+def redundant() -> Model:
+    """Hidden units in equal pairs, and q, k, v of half the rank their width allows."""
+    model = make(BlockSpec(2, 16, 12, 64), BlockSpec(2, 16, 12, 64, "swiglu"))
+    weights, rng = {n: w.copy() for n, w in model.weights.items()}, np.random.default_rng(5)
+    for i in range(2):
+        for part in ("fc1", "gate") if i else ("fc1",):
+            for kind in ("weight", "bias"):
+                weights[f"blocks.{i}.{part}.{kind}"][32:] = weights[f"blocks.{i}.{part}.{kind}"][:32]
+        for part, width in (("q", 16), ("k", 16), ("v", 12)):
+            mix = rng.standard_normal((width // 2, width // 2))
+            for kind in ("weight", "bias"):
+                w = weights[f"blocks.{i}.{part}.{kind}"].reshape(2, width, -1)
+                w[:, width // 2 :] = mix @ w[:, : width // 2]
+    return replace(model, weights=weights)
+
+
+def test_recovery_is_exact_when_half_of_everything_is_redundant() -> None:
+    model, test = redundant(), pixels(8, seed=9)
+    result = run(model, pixels(60), ObsConfig(0.5, 0.5, 0.5))
+    assert result.model.spec.blocks[0] == BlockSpec(2, 8, 6, 32)
+    # Sums pass through float32 products (1e-7 each) and eigenvalues are floored at 1e-6 of their mean.
+    assert output_error(logits(model, test), logits(result.model, test)) < 1e-6
+
+
+def test_recovery_is_not_exact_below_the_rank() -> None:
+    """Negative control: the same network cannot lose more."""
+    model, test = redundant(), pixels(8, seed=9)
+    result = run(model, pixels(60), ObsConfig(0.7, 0.7, 0.7))
+    assert output_error(logits(model, test), logits(result.model, test)) > 1e-3
+
+
+def test_nothing_to_do_returns_the_model() -> None:
+    model = make(BlockSpec(2, 6, 6, 20))
+    assert run(model, pixels(2), ObsConfig(width_multiple=8)).model is model
+
+
+def test_model_is_not_changed() -> None:
+    model = make(BlockSpec(2, 8, 8, 20), BlockSpec(2, 8, 8, 20))
+    before = {n: w.copy() for n, w in model.weights.items()}
+    run(model, pixels(6), ObsConfig(0.5, 0.5, 0.5, drop_blocks=1))
+    assert all(np.array_equal(before[n], w) for n, w in model.weights.items())
+
+
+def test_obs_beats_corp_on_images_neither_has_seen() -> None:
+    model, seen, unseen = redundant_noise(), pixels(40), pixels(60, seed=9)
+    dense = logits(model, unseen)
+    ours = run(model, seen, ObsConfig(0.5, 0.5)).model
+    stats = observe(to_torch(model), [seen], ObservePlan(tokens_per_image=None, histograms=()))
+    theirs = corp.prune(model, stats, CorpConfig.fixed(0.5, 0.5)).model
+    assert ours.spec == theirs.spec
+    assert output_error(dense, logits(ours, unseen)) < 0.5 * output_error(dense, logits(theirs, unseen))
+
+
+def redundant_noise() -> Model:
+    """A network of 128 hidden units and 16 dimensions per head, redundant but not exactly."""
+    rng = np.random.default_rng(3)
+    model = make(*(BlockSpec(2, 16, 12, 128),) * 3)
+    weights = {n: w.copy() for n, w in model.weights.items()}
+    for name, w in weights.items():
+        if name.endswith(("q.weight", "k.weight", "fc1.weight")):
+            rank = w.shape[1] // 3
+            low = rng.standard_normal((w.shape[0], rank)) @ rng.standard_normal((rank, w.shape[1])) / rank
+            weights[name] = (low + 0.05 * w).astype(np.float32)
+    return replace(model, weights=weights)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "token_dist", "token_avg"])
+def test_every_pool_is_supported(pool: Pool) -> None:
+    model = make(BlockSpec(2, 8, 8, 20), pool=pool)
+    assert obs.token_weights(model.spec).mean() == pytest.approx(1)
+    assert torch.isfinite(logits(run(model, pixels(6), ObsConfig(0.5, 0.5, 0.5)).model, pixels(2))).all()
+
+
+@given(
+    count=st.sampled_from([1, 2, 9]),
+    damage=st.sampled_from(["none", "dead", "constant", "duplicated", "half", "silent"]),
+    kind=st.sampled_from(["gelu", "swiglu", "norm"]),
+    damping=st.sampled_from(["auto", 1e-6, 1.0]),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_poor_data_and_odd_weights_stay_finite(count: int, damage: str, kind: str, damping: float, seed: int) -> None:
+    block = BlockSpec(3, 8, 8, 60, "swiglu" if kind == "swiglu" else "gelu", qk_norm=kind == "norm")
+    model = make(block, replace(block, mlp_dim=33), seed=seed)
+    weights = {n: w.copy() for n, w in model.weights.items()}
+    for name, w in weights.items():
+        part = name.split(".")[-2] if name.startswith("blocks") else ""
+        if damage == "dead" and part in ("fc1", "q", "v"):
+            w[: len(w) // 2] = 0
+        if damage == "constant" and part in ("fc1", "k") and w.ndim == 2:
+            w[:] = 0
+        if damage == "duplicated" and part in ("fc1", "gate", "q", "k", "v"):
+            w[:] = w[:1]
+        if damage == "silent" and part in ("fc1", "q", "k", "v", "fc2"):
+            w[:] = 0
+        if damage == "half":
+            w[:] = w.astype(np.float16).astype(np.float32)
+    model, images = replace(model, weights=weights), pixels(count, seed)
+    result = run(model, images, ObsConfig(0.5, 0.5, 0.5, head_ratio=0.34, damping=damping))  # type: ignore[arg-type]
+    assert torch.isfinite(logits(result.model, pixels(3, seed=8))).all()
+    assert all(np.isfinite([r.predicted, r.measured]).all() and r.predicted >= 0 for r in result.blocks)
+
+
+def test_one_image_says_that_nothing_was_held_out() -> None:
+    result = run(make(BlockSpec(2, 8, 8, 20)), pixels(1), ObsConfig(0.5))
+    assert result.fallbacks and all("too few images to hold some out" in f for f in result.fallbacks)
+    assert not run(make(BlockSpec(2, 8, 8, 20)), pixels(8), ObsConfig(0.5)).fallbacks
+
+
+def test_measured_error_is_the_distance_of_the_streams() -> None:
+    model, images = make(BlockSpec(2, 8, 8, 20), BlockSpec(2, 8, 8, 20)), pixels(7)
+    result = run(model, images, ObsConfig(0.5, 0.5))
+    seen: list[torch.Tensor] = []
+    for m in (model, result.model):
+        module = to_torch(m)
+        x = module.embed(torch.from_numpy(images))
+        for block in module.blocks:
+            x = block(x)
+        seen.append(x.double())
+    expected = (seen[0] - seen[1]).square().sum() / seen[0].square().sum()
+    assert result.blocks[-1].part == "mlp" and result.blocks[-1].measured == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_head_ratio_removes_the_head_that_does_nothing() -> None:
+    model = make(BlockSpec(3, 8, 8, 20), BlockSpec(3, 8, 8, 20))
+    weights = {n: w.copy() for n, w in model.weights.items()}
+    weights["blocks.0.proj.weight"][:, 8:16] = 0
+    weights["blocks.1.proj.weight"][:, :8] = 0
+    model = replace(model, weights=weights)
+    result = run(model, pixels(40), ObsConfig(head_ratio=0.34))
+    assert [b.heads for b in result.model.spec.blocks] == [2, 2]
+    test = pixels(8, seed=9)
+    assert output_error(logits(model, test), logits(result.model, test)) < 1e-6
+    np.testing.assert_allclose(result.model.weights["blocks.0.q.weight"][8:], model.weights["blocks.0.q.weight"][16:])
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2])
+def test_drop_blocks_drops_the_block_that_only_adds_a_constant(idle: int) -> None:
+    model = make(*(BlockSpec(2, 8, 8, 20),) * 3)
+    weights = {n: w.copy() for n, w in model.weights.items()}
+    for part in ("proj", "fc2"):
+        weights[f"blocks.{idle}.{part}.weight"][:] = 0
+        weights[f"blocks.{idle}.{part}.bias"][:] = 0.3
+    model = replace(model, weights=weights)
+    module = to_torch(model)
+    assert list(least_important(module, module.embed(torch.from_numpy(pixels(6))), 1)) == [idle]
+    result = run(model, pixels(60), ObsConfig(drop_blocks=1))
+    assert len(result.model.spec.blocks) == 2 and [r.block for r in result.blocks if r.part == "block"] == [idle]
+    test = pixels(8, seed=9)
+    assert output_error(logits(model, test), logits(result.model, test)) < 1e-6
+
+
+def test_dropping_a_block_that_works_is_reported_as_costly() -> None:
+    result = run(make(*(BlockSpec(2, 8, 8, 20),) * 3), pixels(20), ObsConfig(drop_blocks=2))
+    assert len(result.model.spec.blocks) == 1
+    assert all(r.predicted > 1e-3 for r in result.blocks if r.part == "block")
+
+
+def test_weight_entropy_is_lowest_for_a_constant_block() -> None:
+    model = make(*(BlockSpec(2, 8, 8, 20),) * 3)
+    weights = {n: np.full_like(w, 0.5) if n.startswith("blocks.1") else w for n, w in model.weights.items()}
+    entropy = weight_entropy(replace(model, weights=weights))
+    assert entropy[1] == 0 and min(entropy[0], entropy[2]) > 1
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_target_is_met_and_nearly_used(kind: str) -> None:
+    model = make(*(BlockSpec(2, 16, 16, 96),) * 2)
+    result = run(model, pixels(10), configure("obs", {f"target_{kind}": 0.6}))  # type: ignore[arg-type]
+    cost = {"macs": VitSpec.macs, "params": VitSpec.params}[kind]
+    assert 0.57 < cost(result.model.spec) / cost(model.spec) <= 0.6
+
+
+def test_target_with_a_width_multiple_and_a_dropped_block() -> None:
+    model = make(*(BlockSpec(2, 16, 16, 96),) * 3)
+    result = run(model, pixels(10), ObsConfig(target=("macs", 0.4), width_multiple=4, drop_blocks=1))
+    assert result.model.spec.macs() <= 0.4 * model.spec.macs() and len(result.model.spec.blocks) == 2
+    assert all(w % 4 == 0 for b in result.model.spec.blocks for w in (b.qk_dim, b.v_dim, b.mlp_dim))
+
+
+def test_target_out_of_reach_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"target must be reachable, got [\d,]+ where the smallest sizes cost [\d,]+"):
+        run(make(BlockSpec(2, 16, 16, 96)), pixels(5), ObsConfig(target=("macs", 0.01)))
+
+
+def test_no_images_and_too_many_dropped_blocks_are_refused() -> None:
+    model = make(BlockSpec(2, 8, 8, 20))
+    with pytest.raises(DataError, match="at least one image, got none"):
+        obs.prune(model, list, ObsConfig(0.5), "cpu")
+    with pytest.raises(ConfigError, match="must leave at least one of 1 blocks, got 1"):
+        run(model, pixels(2), ObsConfig(drop_blocks=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlp_ratio": 1.0}, r"mlp_ratio must be in \[0, 1\), got 1\.0"),
+        ({"head_ratio": -0.5}, r"head_ratio must be in \[0, 1\), got -0\.5"),
+        ({"target_macs": 1.5}, r"target_macs must be in \(0, 1\), got 1\.5"),
+        ({"target_macs": 0.5, "target_params": 0.5}, "target_macs and target_params must not be combined"),
+        ({"target_macs": 0.5, "mlp_ratio": 0.5}, "target_macs must not be combined with ratios"),
+        ({"drop_blocks": -1}, "drop_blocks must be at least 0, got -1"),
+        ({"damping": -1.0}, r"damping must be auto or a positive number, got -1\.0"),
+        ({"damping": "car"}, "damping must be auto or a positive number, got 'car'"),
+        ({"width_multiple": -8}, "width_multiple must be at least 1, got -8"),
+        ({"ratio": 0.5}, "pruner 'obs' must not be given ratio, got 0.5"),
+    ],
+)
+def test_configure_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure("obs", options)
+
+
+def test_prune_dispatches_on_the_configuration() -> None:
+    model, images = make(BlockSpec(2, 8, 8, 20)), pixels(8)
+    config = configure("obs", {"mlp_ratio": 0.5, "qk_ratio": 0.0, "vo_ratio": None})
+    result = prune(model, lambda: [images], config, lambda module, batches: pytest.fail("obs takes its own sums"))
+    assert result.model.spec.blocks[0].mlp_dim == 10
