@@ -15,7 +15,7 @@ demo: $(VENV)/.all ## the whole job on the embedded model: compress, verify, run
 	@echo "Open demo-bundle/report.html"
 
 test: $(VENV)/.dev ## every test that needs no device and no vendor compiler
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore tests/npu --ignore tests/device
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/npu --ignore tests/device
 
 check: $(VENV)/.dev ## lint, types, layering
 	$(BIN)/ruff check .

@@ -134,9 +134,7 @@ def test_overall_is_the_worst_of_all(latency: GateVerdict, findings: tuple[Findi
 def test_json_has_the_contracts_keys_and_no_infinity() -> None:
     unsure = conclude([[1.0] * 3], GateConfig())
     data = json.loads(json.dumps(to_json(result(unsure, NASTY)), allow_nan=False))
-    assert (
-        {"verdict", "sentence", "ratio", "ratio_ci", "limit", "min_detectable", "pairs", "device"} <= data.keys()
-    )
+    assert {"verdict", "sentence", "ratio", "ratio_ci", "limit", "min_detectable", "pairs", "device"} <= data.keys()
     assert data["ratio_ci"] == [None, None]
     assert data["min_detectable"] is None
     assert to_json(result())["ratio_ci"][1] <= 1.05
