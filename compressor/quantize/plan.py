@@ -17,6 +17,7 @@ from compressor.quantize.search import Search, golden, histogram_error, row_erro
 from compressor.types import (
     PRECISION_BITS,
     Array,
+    Capabilities,
     Histogram,
     Model,
     Precision,
@@ -26,7 +27,7 @@ from compressor.types import (
     VitSpec,
 )
 
-__all__ = ["QuantizeConfig", "activation_grid", "linears", "quantize", "weight_grid"]
+__all__ = ["QuantizeConfig", "activation_grid", "for_target", "linears", "quantize", "weight_grid"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class QuantizeConfig:
                 f"quantize: precision must be one of {', '.join(PRECISION_BITS)}, got {self.precision!r}.",
                 hint="fp32 and bf16 are not quantized: skip this stage.",
             )
+
+
+def for_target(capabilities: Capabilities, precision: Precision) -> QuantizeConfig:
+    """What a target runs at full speed: a zero point behind the GELU only where integer operators take one."""
+    return QuantizeConfig(precision, asymmetric=("fc2",) if capabilities.qdq == "integer_ops" else ())
 
 
 SITE = {"q": "qkv", "k": "qkv", "v": "qkv", "proj": "proj", "fc1": "fc1", "gate": "fc1", "fc2": "fc2"}

@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 
 from compressor.errors import ConfigError, DataError
 from compressor.quantize.grid import affine, dequantize, fake_quant, fake_quant_torch, quantize, symmetric
-from compressor.quantize.plan import QuantizeConfig, activation_grid, linears, weight_grid
+from compressor.quantize.plan import QuantizeConfig, activation_grid, for_target, linears, weight_grid
 from compressor.quantize.plan import quantize as plan
 from compressor.quantize.search import exhaustive, golden, histogram_error, row_error, ternary
 from compressor.quantize.simulate import on_grid, simulate
-from compressor.types import BINS, LOW, PER_OCTAVE, BlockSpec, Histogram, Model, Preprocess, Statistics, VitSpec
+from compressor.types import (
+    BINS,
+    LOW,
+    PER_OCTAVE,
+    BlockSpec,
+    Capabilities,
+    Histogram,
+    Model,
+    Preprocess,
+    Statistics,
+    VitSpec,
+)
 from compressor.vit import build, to_torch
 
 SPEC = VitSpec((8, 8), (4, 4), 3, 12, (BlockSpec(2, 5, 6, 20), BlockSpec(3, 4, 4, 16, mlp="swiglu")), num_classes=5)
@@ -269,6 +280,13 @@ def test_simulate_equals_integer_reference(precision):
     coarse = simulate(model, plan(model, statistics(model, PIXELS), QuantizeConfig("w4a8")))(PIXELS).numpy()
     if precision == "w8a8":
         assert np.abs(coarse - slow).max() > step  # negative control: other grids are told apart
+
+
+def test_only_integer_operators_get_a_zero_point():
+    def sites(qdq: str) -> tuple[str, ...]:
+        return for_target(Capabilities("tokens", 20, ("w8a8",), qdq=qdq), "w8a8").asymmetric  # type: ignore[arg-type]
+
+    assert (sites("integer_ops"), sites("linear_inputs")) == (("fc2",), ())
 
 
 def test_quantize_follows_the_config():
