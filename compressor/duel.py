@@ -39,7 +39,7 @@ class Contender:
     Attributes:
         arguments: of `opener`; for a bundle ``path, target, threads, batch``.
         opener: see `compressor.worker.open_bundle`.
-        command: starts the worker; an ssh command line for a remote device.
+        command: starts the worker; anything that speaks its protocol on stdin and stdout.
     """
 
     arguments: Mapping[str, Any]

@@ -17,7 +17,7 @@ from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
-from compressor.history import append
+from compressor.history import append, trend
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
 from compressor.types import Profile
@@ -79,6 +79,7 @@ def publish(
         markdown.write_text(output.markdown(result, str(candidate), str(baseline)), encoding="utf-8")
     if history is not None:
         append(history, data)
+        data["history"] = trend(history, str(result.device.get("id")))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(output.github(result)), file=sys.stderr)
     return data

@@ -3,7 +3,7 @@
 **Change points.** The series is taken as steps plus noise. The steps minimise sum |x_i - step| + penalty * (number of
 steps), solved exactly by dynamic programming; absolute errors, so that single outliers do not make a step. The penalty
 is the noise (median absolute difference of neighbours, which steps hardly touch) times 2 log n, as in the Schwarz
-criterion; a heuristic, shown in a report and never used to fail a gate.
+criterion; a heuristic that a person looks at and that never fails a gate.
 
 Source: F. Friedrich, A. Kempe, V. Liebscher, G. Winkler 2008, J. Comput. Graph. Stat. 17(1), 201-224 (penalised step
 fits).
@@ -21,7 +21,7 @@ import numpy as np
 
 from compressor.errors import DataError
 
-__all__ = ["append", "change_points", "read"]
+__all__ = ["append", "change_points", "read", "trend"]
 
 FILE = "history.jsonl"
 SHORTEST = 3  # values in a level: one bad day is not a new level
@@ -57,6 +57,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}: line {number} must be a JSON object, got {kind}.", hint="Remove the line.")
         entries.append(entry)
     return entries
+
+
+def trend(folder: Path, device: str) -> dict[str, Any]:
+    """``p50_ms`` of the candidate in every entry measured on `device`, oldest first, and the ``change_points`` in it."""
+    same = [entry for entry in read(folder) if entry.get("device", {}).get("id") == device]
+    values = [float(entry["latency_ms"]["candidate"]) for entry in same if "candidate" in entry.get("latency_ms", {})]
+    return {"p50_ms": values, "change_points": change_points(values)}
 
 
 def change_points(values: Sequence[float]) -> list[int]:

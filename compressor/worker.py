@@ -9,8 +9,8 @@
     < {"target": "ort", ...}
     (end of input ends the process)
 
-The same program measures here, over ssh and over adb. A failure is answered as ``{"error": {"code", "message",
-"hint"}}`` and ends the process. What a runtime prints goes to stderr, so it cannot disturb the protocol.
+A failure is answered as ``{"error": {"code", "message", "hint"}}`` and ends the process. What a runtime prints goes to
+stderr, so it cannot disturb the protocol.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.errors import DataError
-from compressor.history import append, change_points, read
+from compressor.history import append, change_points, read, trend
 
 
 def test_entries_come_back_in_the_order_they_were_added(tmp_path: Path) -> None:
@@ -54,6 +54,17 @@ def test_one_change_point_is_where_a_search_over_every_split_puts_it() -> None:
 
     best = min(range(1, len(x)), key=lambda s: cost(x[:s]) + cost(x[s:]))
     assert change_points(np.exp(x).tolist()) == [best]
+
+
+def test_trend_is_of_one_device_only(tmp_path: Path) -> None:
+    for i in range(20):
+        here = {"device": {"id": "here"}, "latency_ms": {"candidate": 5.0 + 0.01 * (i % 3) + (i >= 12)}}
+        append(tmp_path, here)
+        append(tmp_path, {"device": {"id": "there"}, "latency_ms": {"candidate": 90.0 * (i + 1)}})
+    append(tmp_path, {"device": {"id": "here"}, "latency_ms": {}})  # an entry without a latency is passed over
+    found = trend(tmp_path, "here")
+    assert len(found["p50_ms"]) == 20
+    assert found["change_points"] == [12]
 
 
 def test_series_too_short_to_tell_have_none() -> None:
