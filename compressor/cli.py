@@ -160,6 +160,7 @@ def profile(
     target: Target = None,
     threads: Threads = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 1,
+    streams: Annotated[int, typer.Option(min=0, help="Also measure the throughput of this many sessions at once.")] = 0,
     per_op: Annotated[bool, typer.Option("--per-op", help="Add the runtime's own table of operations.")] = False,
     arch: Arch = None,
 ) -> Result:
@@ -167,7 +168,7 @@ def profile(
     from compressor import show
     from compressor.inference import Source, profile_source
 
-    data = profile_source(Source(source, target, threads, arch), batch=batch, per_op=per_op)
+    data = profile_source(Source(source, target, threads, arch), batch=batch, per_op=per_op, streams=streams)
     return Result(data, show.profile(data))
 
 

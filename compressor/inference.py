@@ -15,8 +15,9 @@ import targets
 from calibration import data
 from compressor import peaks
 from compressor.bundle import Bundle
+from compressor.duel import Contender, profile_fresh
 from compressor.errors import BundleError, ConfigError
-from compressor.profile import ProfileConfig, profile
+from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
 from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
@@ -84,29 +85,40 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
     return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None, model.spec)
 
 
-def profile_source(source: Source, *, batch: int, per_op: bool) -> dict[str, Any]:
-    """The ``vitrim profile --json`` object of a bundle or model."""
+def profile_source(source: Source, *, batch: int, per_op: bool, streams: int = 0) -> dict[str, Any]:
+    """The ``vitrim profile --json`` object of a bundle or model; with `streams`, throughput of that many at once too.
+
+    A bundle is profiled in a process of its own, so that load time and peak memory are its session's alone.
+    """
     with ExitStack() as stack:
         opened = open_source(source, stack)
         feed = opened.artifact.inputs[0]
-        shape = feed.shape[1:]
         if feed.shape[0] not in (-1, batch):
             raise ConfigError(
                 f"batch must be {feed.shape[0]} for target {opened.target!r}, whose artifact is static, got {batch}."
             )
-        pixels = (
-            opened.golden
-            if opened.golden is not None
-            else np.random.default_rng(0).standard_normal((1, *shape), np.float32)
-        )
-        inputs = {feed.name: np.resize(pixels, (batch, *shape))}
+        inputs = {feed.name: np.resize(_pixels(opened), (batch, *feed.shape[1:]))}
         versions = {opened.target: targets.get(opened.target).available().version}
-        found = profile(
-            opened.opener, inputs, ProfileConfig(threads=source.threads, target=opened.target, versions=versions)
-        )
+        config = ProfileConfig(threads=source.threads, target=opened.target, versions=versions)
+        if opened.golden is None:
+            found = profile(opened.opener, inputs, config)
+        else:
+            where = {"path": source.path, "target": opened.target, "threads": source.threads, "batch": batch}
+            found = profile_fresh(Contender(where), config)
         ops = opened.opener().ops(inputs) if per_op else ()
         parts = peaks.parts(ops, opened.spec, opened.artifact, threads=source.threads, batch=batch) if ops else []
-    return {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops)), "parts": parts}
+        result = {"precision": opened.artifact.precision, **to_json(replace(found, ops=ops)), "parts": parts}
+        if streams > 0:
+            rate = throughput(opened.opener, inputs, streams=streams)
+            result["throughput"] = {"streams": streams, "images_per_s": rate}
+    return result
+
+
+def _pixels(opened: Opened) -> Array:
+    """Golden inputs of a bundle; random ones for a model, which is fine for latency and for nothing else."""
+    if opened.golden is not None:
+        return opened.golden
+    return np.random.default_rng(0).standard_normal((1, *opened.artifact.inputs[0].shape[1:]), np.float32)
 
 
 def evaluate_source(source: Source, images: str, reference: str | None, progress: Progress) -> dict[str, Any]:

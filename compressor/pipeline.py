@@ -84,7 +84,9 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> 
         "recipe": to_dict(recipe),
         "seed": recipe.seed,
     }
-    report = {**result, **_report_extras(run, manifest)}
+    samples = {o.target: list(o.reference_ns) for o in run.outcomes}
+    entries = [{**t, "reference_samples_ns": samples[t["name"]]} for t in result["targets"]]
+    report = {**result, "targets": entries, **_report_extras(run, manifest)}
     write_json(folder / "report.json", report)
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     seal(folder, manifest)

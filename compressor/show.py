@@ -123,6 +123,9 @@ def profile(found: Json) -> list[Any]:
         ]
         heads = ["block", "part", "precision", "ms", "share", "of this machine's peak"]
         lines.append(_table("Time per part of the network", heads, rows))
+    if "throughput" in found:
+        rate = found["throughput"]
+        lines.append(f"  throughput {rate['images_per_s']:.4g} images/s with {rate['streams']} streams")
     if found["ops"]:
         slowest = sorted(found["ops"], key=lambda op: -op["time_ms"])[:25]
         rows = [

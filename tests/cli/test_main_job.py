@@ -144,8 +144,9 @@ def test_profile_answers_with_the_promised_keys(bundle, target):
 
 
 def test_profile_of_a_batch(bundle):
-    done = vitrim("profile", bundle, "--batch", 3, "--json")
+    done = vitrim("profile", bundle, "--batch", 3, "--streams", 2, "--json")
     assert done.code == 0 and done.json["batch"] == 3
+    assert done.json["throughput"]["streams"] == 2 and done.json["throughput"]["images_per_s"] > 0
 
 
 def test_eval_agrees_with_what_compress_said(made):
