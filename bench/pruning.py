@@ -1,0 +1,330 @@
+"""One-shot pruning without fine-tuning: obs beside CORP, GRAIL, magnitude and Torch-Pruning on one trained model.
+
+    python bench/pruning.py [MODEL] [--data D] [--eval E] [--images 256] [--ratios 0.25 0.5 ...] [--rows obs ...]
+    [--json FILE]
+
+Every row removes the same share of every block's hidden units and of every head's query/key dimensions, so that MACs
+are equal within a ratio, except: `obs + V/O` removes that share of the values too; `obs allocated` spreads the same
+MACs over the network as it sees fit; Torch-Pruning cannot cut queries and keys without values, and so ends with fewer
+MACs.
+
+    none           CORP's choice of units, deleted
+    magnitude      units and dimensions of least weight magnitude, deleted
+    CORP released  as its authors' code does it            CORP fixed  the same with its faults repaired
+    GRAIL          hidden units regressed with uncentred Gram sums, no intercept, ridge 1e-3 of the mean (arXiv
+    2602.23795);
+                   it has no Q/K step and is given that of CORP fixed
+    Torch-Pruning  its group magnitude pruner on the same network, when it is installed (PYTHONPATH serves)
+
+`KL` is the mean divergence from the dense prediction, `KL / obs` its ratio to the obs row on the same images with a
+paired bootstrap interval. Each row is a process of its own, so that peak memory is its own; time is that of pruning
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibration import data
+from calibration.observe import ObservePlan, observe
+from compressor import checkpoint
+from compressor.intervals import proportion_interval
+from compressor.prune import CorpConfig, ObsConfig, corp, obs
+from compressor.prune.rank import MLP_SALIENCIES, split
+from compressor.types import Array, Model, Statistics
+from compressor.vit import VisionTransformer, to_torch
+
+RATIOS = (0.25, 0.5, 0.625, 0.75, 0.875)
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The dense model and the preprocessed images, the same for every row."""
+
+    model: Model
+    calibration: Array  # (n, C, h, w)
+    evaluation: Array
+    labels: Array | None
+    reference: Array  # (m, classes) dense logits
+
+    def batches(self) -> list[Array]:
+        return [self.calibration[i : i + BATCH] for i in range(0, len(self.calibration), BATCH)]
+
+
+def statistics(task: Task) -> Statistics:
+    plan = ObservePlan(tokens_per_image=None, histograms=())
+    return observe(to_torch(task.model), task.batches(), plan)
+
+
+def run_corp(task: Task, config: CorpConfig) -> Model:
+    return corp.prune(task.model, statistics(task), config).model
+
+
+def run_obs(task: Task, config: ObsConfig) -> Model:
+    return obs.prune(task.model, task.batches, config, "cpu").model
+
+
+def run_allocated(task: Task, ratio: float) -> Model:
+    """The MACs that `ratio` of hidden units and query/key dimensions leaves, spread freely."""
+    blocks = tuple(obs.uniform(b, ObsConfig(ratio, ratio)) for b in task.model.spec.blocks)
+    share = replace(task.model.spec, blocks=blocks).macs() / task.model.spec.macs()
+    return run_obs(task, ObsConfig(target=("macs", share)))
+
+
+def delete(model: Model, units: list[Array], dims: list[Array]) -> Model:
+    """`model` with only `units` (kept) of each block and `dims` (H, kept) of each head, nothing made up for."""
+    changed, blocks = {}, []
+    for i, block in enumerate(model.spec.blocks):
+        weights = {n: model.weights[f"blocks.{i}.{n}"] for n in ("fc1.weight", "fc1.bias", "fc2.weight")}
+        rows = ("fc1", "gate") if block.mlp == "swiglu" else ("fc1",)
+        for part in rows:
+            for kind in ("weight", "bias"):
+                changed[f"blocks.{i}.{part}.{kind}"] = model.weights[f"blocks.{i}.{part}.{kind}"][units[i]]
+        changed[f"blocks.{i}.fc2.weight"] = weights["fc2.weight"][:, units[i]]
+        index = (np.arange(block.heads)[:, None] * block.qk_dim + dims[i]).ravel()
+        for part in ("q", "k"):
+            for kind in ("weight", "bias"):
+                changed[f"blocks.{i}.{part}.{kind}"] = model.weights[f"blocks.{i}.{part}.{kind}"][index]
+        blocks.append(replace(block, mlp_dim=len(units[i]), qk_dim=dims[i].shape[1]))
+    return model.with_weights(replace(model.spec, blocks=tuple(blocks)), changed)
+
+
+def norms(model: Model, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """||fc1 row||, ||fc2 column|| of every hidden unit of block i; a gate counts with fc1."""
+    rows = [f"blocks.{i}.{p}.weight" for p in ("fc1", "gate") if f"blocks.{i}.{p}.weight" in model.weights]
+    w_in = np.linalg.norm([np.linalg.norm(model.weights[r], axis=1) for r in rows], axis=0)
+    return torch.from_numpy(w_in), torch.from_numpy(np.linalg.norm(model.weights[f"blocks.{i}.fc2.weight"], axis=0))
+
+
+def kept_units(model: Model, i: int, energy: torch.Tensor, ratio: float, saliency: str) -> tuple[Array, Array]:
+    block = model.spec.blocks[i]
+    keep = max(block.mlp_dim - int(block.mlp_dim * ratio), min(corp.MIN_UNITS, block.mlp_dim))
+    kept, gone = split(MLP_SALIENCIES[saliency](energy, *norms(model, i)), keep)  # type: ignore[index]
+    return kept.numpy(), gone.numpy()
+
+
+def run_none(task: Task, ratio: float) -> Model:
+    stats, units, dims = statistics(task), [], []
+    for i, block in enumerate(task.model.spec.blocks):
+        energy = stats.moments[f"blocks.{i}.fc2"].second.diagonal()
+        units.append(kept_units(task.model, i, energy, ratio, "energy_weightmagnitude")[0])
+        dims.append(split(stats.pair_energy[f"blocks.{i}"], block.qk_dim - int(block.qk_dim * ratio))[0].numpy())
+    return delete(task.model, units, dims)
+
+
+def run_magnitude(task: Task, ratio: float) -> Model:
+    units, dims = [], []
+    for i, block in enumerate(task.model.spec.blocks):
+        units.append(kept_units(task.model, i, torch.zeros(block.mlp_dim), ratio, "weight_magnitude")[0])
+        q, k = (
+            np.linalg.norm(task.model.weights[f"blocks.{i}.{p}.weight"].reshape(block.heads, block.qk_dim, -1), axis=2)
+            for p in ("q", "k")
+        )
+        dims.append(split(torch.from_numpy(q * k), block.qk_dim - int(block.qk_dim * ratio))[0].numpy())
+    return delete(task.model, units, dims)
+
+
+def run_grail(task: Task, ratio: float) -> Model:
+    """fc2' = fc2 G[:, S] (G_SS + lambda I)^-1, bias unchanged; everything else as CORP fixed leaves it."""
+    stats = statistics(task)
+    small = corp.prune(task.model, stats, CorpConfig.fixed(ratio, ratio)).model
+    changed = {}
+    for i in range(len(small.spec.blocks)):
+        gram = stats.moments[f"blocks.{i}.fc2"].second.numpy()
+        kept, _ = kept_units(task.model, i, torch.from_numpy(gram.diagonal().copy()), ratio, "energy_weightmagnitude")
+        own = gram[np.ix_(kept, kept)]
+        own = own + 1e-3 * own.diagonal().mean() * np.eye(len(kept))
+        fold = np.linalg.solve(own, gram[kept]).T  # (M, kept)
+        changed[f"blocks.{i}.fc2.weight"] = (task.model.weights[f"blocks.{i}.fc2.weight"] @ fold).astype(np.float32)
+        changed[f"blocks.{i}.fc2.bias"] = task.model.weights[f"blocks.{i}.fc2.bias"]
+    return small.with_weights(small.spec, changed)
+
+
+def run_torch_pruning(task: Task, ratio: float) -> Model:
+    import torch_pruning as tp
+
+    network = to_torch(task.model).requires_grad_()
+    ratios = {layer: ratio for block in network.blocks for layer in (block.fc1, block.q)}
+    heads = {layer: block.spec.heads for block in network.blocks for layer in (block.q, block.k, block.v)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tp.pruner.BasePruner(
+            network,
+            torch.from_numpy(task.calibration[:1]),
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=0.0,
+            pruning_ratio_dict=ratios,
+            num_heads=heads,
+            prune_head_dims=True,
+            ignored_layers=[network.head],
+        ).step()
+    return from_torch(task.model, network)
+
+
+def from_torch(model: Model, network: VisionTransformer) -> Model:
+    weights = {n: p.detach().numpy() for n, p in network.named_parameters()}
+    blocks = tuple(
+        replace(
+            b,
+            qk_dim=len(weights[f"blocks.{i}.q.bias"]) // b.heads,
+            v_dim=len(weights[f"blocks.{i}.v.bias"]) // b.heads,
+            mlp_dim=len(weights[f"blocks.{i}.fc1.bias"]),
+        )
+        for i, b in enumerate(model.spec.blocks)
+    )
+    return model.with_weights(replace(model.spec, blocks=blocks), weights)
+
+
+def rows(ratio: float) -> dict[str, Callable[[Task], Model]]:
+    """Name -> what makes the pruned model; obs first, which the others are compared with."""
+    table: dict[str, Callable[[Task], Model]] = {
+        "obs": partial(run_obs, config=ObsConfig(ratio, ratio)),
+        "none": partial(run_none, ratio=ratio),
+        "magnitude": partial(run_magnitude, ratio=ratio),
+        "CORP released": partial(run_corp, config=CorpConfig.released(ratio, ratio)),
+        "CORP fixed": partial(run_corp, config=CorpConfig.fixed(ratio, ratio)),
+        "GRAIL": partial(run_grail, ratio=ratio),
+        "obs + V/O": partial(run_obs, config=ObsConfig(ratio, ratio, ratio)),
+        "obs allocated": partial(run_allocated, ratio=ratio),
+    }
+    if importlib.util.find_spec("torch_pruning") is not None:
+        table["Torch-Pruning"] = partial(run_torch_pruning, ratio=ratio)
+    return table
+
+
+def logits(model: Model, pixels: Array) -> Array:
+    network = to_torch(model)
+    with torch.inference_mode():
+        parts = [network(torch.from_numpy(pixels[i : i + 50])).numpy() for i in range(0, len(pixels), 50)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def divergence(expected: Array, got: Array) -> Array:
+    """Kullback-Leibler divergence of every prediction from the dense one, (n,)."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, got))
+    return np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+
+
+def measure(task: Task, make: Callable[[Task], Model], pipe: Any) -> None:
+    started = time.perf_counter()
+    small = make(task)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the evaluation
+    got = logits(small, task.evaluation)
+    pipe.send(
+        {
+            "macs": small.spec.macs() / task.model.spec.macs(),
+            "params": small.spec.params() / task.model.spec.params(),
+            "classes": got.argmax(1),
+            "kl": divergence(task.reference, got),
+            "seconds": seconds,
+            "peak_gb": peak,
+        }
+    )
+
+
+def ratio_interval(a: Array, b: Array, draws: int = 2000) -> tuple[float, float, float]:
+    """mean(a) / mean(b) and its 95 % interval over images drawn again, the same for both."""
+    index = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
+    drawn = a[index].mean(1) / b[index].mean(1)
+    return float(a.mean() / b.mean()), *(float(x) for x in np.percentile(drawn, [2.5, 97.5]))
+
+
+def summary(task: Task, name: str, ratio: float, found: dict[str, Any], rival: dict[str, Any] | None) -> dict[str, Any]:
+    n, same = len(found["classes"]), found["classes"] == task.reference.argmax(1)
+    row: dict[str, Any] = {"ratio": ratio, "row": name, "macs": found["macs"], "params": found["params"]}
+    row["agreement"] = float(same.mean())
+    row["agreement_ci95"] = proportion_interval(int(same.sum()), n)
+    if task.labels is not None:
+        right = found["classes"] == task.labels
+        row["top1"], row["top1_ci95"] = float(right.mean()), proportion_interval(int(right.sum()), n)
+    row["kl"] = float(found["kl"].mean())
+    if rival is not None:
+        row["kl_over_obs"] = ratio_interval(found["kl"], rival["kl"])
+    return row | {"seconds": found["seconds"], "peak_gb": found["peak_gb"]}
+
+
+def percent(share: float, interval: tuple[float, float]) -> str:
+    return f"{100 * share:.2f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def line(row: dict[str, Any]) -> str:
+    top1 = percent(row["top1"], row["top1_ci95"]) if "top1" in row else ""
+    against = "{:.1f} [{:.1f}, {:.1f}]".format(*row["kl_over_obs"]) if "kl_over_obs" in row else ""
+    cells = [f"{row['ratio']}", row["row"], f"{row['macs']:.3f}", f"{row['params']:.3f}", top1]
+    cells += [percent(row["agreement"], row["agreement_ci95"]), f"{row['kl']:.5f}", against]
+    return "| " + " | ".join([*cells, f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}"]) + " |"
+
+
+def load_task(model_source: str, data_source: str, eval_source: str, limit: int) -> Task:
+    """Everything the rows share; calibration images are refused among the evaluation images."""
+    model = checkpoint.load(model_source)
+    images, unseen = data.open_images(data_source, limit=limit), data.open_images(eval_source)
+    if set(images.content_hashes()) & set(unseen.content_hashes()):
+        raise SystemExit("Calibration images must not be among the evaluation images.")
+    seen, new = (np.concatenate(list(data.batches(s, model.preprocess, BATCH))) for s in (images, unseen))
+    labels = None
+    if unseen.labels is not None:
+        labels = data.match_labels(unseen, model.labels, model.spec.num_classes)
+    return Task(model, seen, new, labels, logits(model, new))
+
+
+def run_row(task: Task, make: Callable[[Task], Model]) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=measure, args=(task, make, send))
+    child.start()
+    send.close()
+    found: dict[str, Any] = receive.recv()
+    child.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--data", default="demo")
+    parser.add_argument("--eval", default="demo:eval")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--rows", nargs="+", default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    task = load_task(options.model, options.data, options.eval, options.images)
+    print(f"{options.model}: {len(task.calibration)} calibration and {len(task.evaluation)} evaluation images")
+    if task.labels is not None:
+        print(f"dense top-1 {100 * (task.reference.argmax(1) == task.labels).mean():.2f} %")
+    header = "ratio | row | MACs | params | top-1 % | agreement % | KL | KL / obs | s | peak GB"
+    print(f"\n| {header} |\n" + "|---" * 10 + "|")
+    results = []
+    for ratio in options.ratios:
+        rival = None
+        for name, make in rows(ratio).items():
+            if options.rows is not None and name not in options.rows:
+                continue
+            found = run_row(task, make)
+            rival = found if name == "obs" else rival
+            results.append(summary(task, name, ratio, found, rival))
+            print(line(results[-1]), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
