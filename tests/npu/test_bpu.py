@@ -16,6 +16,8 @@ from tests.npu.models import cosine, first_blocks, images, torch_logits
 STATE = bpu.available()
 needs_mapper = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
 
+WHOLE = replace(bpu.CAPABILITIES, softmax="exp_conv")  # no operation of it is left to the CPU
+
 LOG = """\x1b[92mINFO\x1b[0m hbdk version 3.49.15
 2026 INFO FPS=509.04, latency = 1964.5 us, DDR = 1329600 bytes   (see ./.hb_check/vitrim_subgraph_0.html)
 2026 INFO FPS=7825.83, latency = 127.8 us, DDR = 676480 bytes   (see vitrim_subgraph_1.html)
@@ -73,7 +75,7 @@ def test_wrong_options_are_refused_before_anything_starts(tmp_path):
 def built(tmp_path_factory):
     model = first_blocks(2)
     options = BuildOptions(tmp_path_factory.mktemp("bpu"), "w8a8", calibration=(images(model, 20),))
-    return model, bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
+    return model, bpu.compile_graph(lower(model, WHOLE), options, "O0")
 
 
 @needs_mapper
@@ -105,7 +107,7 @@ def test_a_damaged_artifact_is_refused(built):
 @needs_mapper
 def test_a_softmax_node_is_reported_as_what_fell_back(tmp_path):
     model = first_blocks(1)
-    graph = lower(model, replace(bpu.CAPABILITIES, softmax="node", logits="matrix"))
+    graph = lower(model, replace(bpu.CAPABILITIES, logits="matrix"))
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 2),))
     found = bpu._estimate.read(bpu.compile_graph(graph, options, "O0"))
     assert {op.type for op in found.cpu_ops} == {"Softmax", "Reshape"} and len(found.subgraphs) == 2
