@@ -117,7 +117,8 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
         images = load_images(recipe, reference)
     with watch("prune"):
         model, blocks = prune_stage(reference, images.calibration, recipe, cache, progress)
-    integers = {p for name in recipe.targets for p in precisions(name, recipe.precision) if p not in FLOAT}
+    own = [name for name in recipe.targets if not is_compiled(name)]  # vendors' compilers quantize by themselves
+    integers = {p for name in own for p in precisions(name, recipe.precision) if p not in FLOAT}
     with watch("quantize"):
         grids = {
             p: quantize_stage(model, images.calibration, p, cache, progress)
