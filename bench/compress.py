@@ -1,6 +1,7 @@
 """Cost of the stages on a DeiT-Base shape: statistics beside the plain forward pass, memory, lowering, `vitrim --help`.
 
     python bench/compress.py [--images 256] [--batch 16] [--threads 2]
+    python bench/compress.py --prune [--images 512] [--shape large]     pruning by obs beside the plain forward pass
 
 Weights and images are random: this measures time and memory, never accuracy. The two passes are interleaved batch by
 batch, so a slow moment of the machine hits both; their ratio is what counts.
@@ -20,10 +21,12 @@ import numpy as np
 import torch
 
 from calibration.observe import ObservePlan, observe
+from compressor.prune import ObsConfig, prune
 from compressor.types import Array, BlockSpec, Capabilities, Model, Preprocess, VitSpec
 from compressor.vit import VisionTransformer, to_torch
 
 DEIT_BASE = VitSpec((224, 224), (16, 16), 3, 768, (BlockSpec(12, 64, 64, 3072),) * 12)
+SHAPES = {"base": DEIT_BASE, "large": VitSpec((224, 224), (16, 16), 3, 1024, (BlockSpec(16, 64, 64, 4096),) * 24)}
 
 
 def random_model(spec: VitSpec) -> Model:
@@ -72,6 +75,26 @@ def time_statistics(module: VisionTransformer, images: int, batch: int) -> None:
     print(f"peak memory            {peak_gb():8.2f} GB  (goal 3.00)")
 
 
+def time_pruning(model: Model, images: int, batch: int) -> None:
+    """Half of every width; the goal is 3 times the two plain passes that it needs, plus 6 minutes of algebra."""
+
+    def batches() -> Iterator[Array]:
+        rng = np.random.default_rng(1)
+        for start in range(0, images, batch):
+            yield rng.standard_normal((min(batch, images - start), 3, *model.spec.image_size), dtype=np.float32)
+
+    network, started = to_torch(model), time.perf_counter()
+    with torch.inference_mode():
+        for pixels in batches():
+            network(torch.from_numpy(pixels))
+    plain_s, started = time.perf_counter() - started, time.perf_counter()
+    prune(model, batches, ObsConfig(0.5, 0.5, 0.5), lambda module, feed: observe(module, feed, ObservePlan()))
+    total_s = time.perf_counter() - started
+    print(f"plain forward pass     {plain_s:8.2f} s   {images} images, batch {batch}")
+    print(f"obs, half of all       {total_s:8.2f} s   (goal {6 * plain_s + 360:.0f})")
+    print(f"peak memory            {peak_gb():8.2f} GB  (goal 4.00 for base, 10.00 for large)")
+
+
 def time_lowering(model: Model) -> None:
     from compressor.lower import lower
 
@@ -95,10 +118,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="base")
+    parser.add_argument("--prune", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = random_model(DEIT_BASE)
-    print(f"DeiT-Base shape, random weights, {options.threads} threads, torch {torch.__version__}")
+    model = random_model(SHAPES[options.shape])
+    print(f"DeiT {options.shape} shape, random weights, {options.threads} threads, torch {torch.__version__}")
+    if options.prune:
+        time_pruning(model, options.images, options.batch)
+        return
     time_statistics(to_torch(model), options.images, options.batch)
     time_lowering(model)
     time_help()
