@@ -279,8 +279,14 @@ def started(*arguments, **options):
         text=True,
         cwd=ROOT,
         env=environment,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - this process starts no threads of its own
         **options,
     )
+
+
+def heed_interrupts():
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that; a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
