@@ -5,8 +5,8 @@
 
 Every row removes the same share of every block's hidden units and of every head's query/key dimensions, so that MACs
 are equal within a ratio, except: `obs + V/O` removes that share of the values too; `obs allocated` spreads the same
-MACs over the network as it sees fit; Torch-Pruning cannot cut queries and keys without values, and so ends with fewer
-MACs.
+MACs over the network as it sees fit; CORP and GRAIL stop at 8 dimensions and 64 units, as published; Torch-Pruning cannot cut
+queries and keys without values, and so ends with fewer MACs.
 
     none           CORP's choice of units, deleted
     magnitude      units and dimensions of least weight magnitude, deleted
