@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-JOBS   ?= 2
+JOBS   ?= 1
 
 .PHONY: demo test check test-core test-targets test-npu test-gpu bench size format clean
 

@@ -99,6 +99,8 @@ def _refuse_early(recipe: Recipe) -> None:
         precisions(name, recipe.precision)
         if not is_planned(name):
             require(name)
+        if recipe.quantizer == "nncf" and name != "openvino":
+            raise ConfigError(f"quantizer 'nncf' must be used with target 'openvino' alone, got {name!r}.")
     if all(is_planned(name) or is_compiled(name) for name in recipe.targets):
         raise ConfigError(
             f"targets must hold at least one that runs here, got {', '.join(recipe.targets)}.", hint="Add --target ort."

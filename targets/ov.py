@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from importlib.util import find_spec
@@ -190,6 +191,7 @@ def _nncf(model: openvino.Model, options: BuildOptions) -> openvino.Model:
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for NNCF, got none.")
     _require("nncf")
+    os.environ.setdefault("NNCF_CI", "1")  # NNCF sends no telemetry then; nothing here talks to a network
     import nncf
 
     images = [image[None] for batch in options.calibration for image in batch]

@@ -27,7 +27,7 @@ class Done:
         return json.loads(self.out)
 
 
-def vitrim(*arguments, cwd=None, env=None, timeout=500) -> Done:
+def vitrim(*arguments, cwd=None, env=None, timeout=1500) -> Done:
     """Run the command line as a user would, one thread."""
     done = subprocess.run(
         [sys.executable, "-m", "compressor", *map(str, arguments)],
