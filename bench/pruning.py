@@ -11,9 +11,8 @@ queries and keys without values, and so ends with fewer MACs.
     none           CORP's choice of units, deleted
     magnitude      units and dimensions of least weight magnitude, deleted
     CORP released  as its authors' code does it            CORP fixed  the same with its faults repaired
-    GRAIL          hidden units regressed with uncentred Gram sums, no intercept, ridge 1e-3 of the mean (arXiv
-    2602.23795);
-                   it has no Q/K step and is given that of CORP fixed
+    GRAIL          hidden units regressed with uncentred Gram sums, no intercept, ridge 1e-3 of the mean
+                   (arXiv 2602.23795); it has no Q/K step and is given that of CORP fixed
     Torch-Pruning  its group magnitude pruner on the same network, when it is installed (PYTHONPATH serves)
 
 `KL` is the mean divergence from the dense prediction, `KL / obs` its ratio to the obs row on the same images with a
