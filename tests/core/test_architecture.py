@@ -20,7 +20,7 @@ RUNTIMES = {
 }
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
-FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "linalg", "result", "vit"}
+FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "kernels", "linalg", "result", "vit"}
 TOP = {"__main__", "cli", "console", "show"}
 ORCHESTRATION = {
     *(
@@ -36,6 +36,7 @@ ORCHESTRATION = {
         "inference",
         "output",
         "pipeline",
+        "quantizing",
         "recipe",
         "remote",
         "search",
