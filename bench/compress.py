@@ -108,7 +108,7 @@ def time_quantizing(model: Model, images: int, batch: int) -> None:
         for batch_pixels in pixels:
             network(torch.from_numpy(batch_pixels))
     plain, started = time.process_time() - started, time.process_time()
-    importance = token_importance(network, pixels[: max(1, 64 // batch)])
+    importance = token_importance(network, pixels[: max(1, 32 // batch)])
     weighed, started = time.process_time() - started, time.process_time()
     refine(model, pixels, RefineConfig(QuantizeConfig("w8a8", asymmetric=("fc2", "patch"))), importance)
     total = weighed + time.process_time() - started

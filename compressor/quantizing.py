@@ -25,7 +25,7 @@ from compressor.vit import to_torch
 
 __all__ = ["Quantized", "Quantizer"]
 
-IMPORTANCE_IMAGES = 64  # a table of one number per token and layer needs no more
+IMPORTANCE_IMAGES = 32  # a table of one number per token and layer needs no more
 
 
 @dataclass(frozen=True, eq=False)
