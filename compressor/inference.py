@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,16 @@ from compressor.result import Result
 from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
 from compressor.verify import accuracy
 
-__all__ = ["Source", "evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
+__all__ = [
+    "Source",
+    "evaluate_source",
+    "is_bundle",
+    "open_to_verify",
+    "profile_source",
+    "verified",
+    "verify_bundle",
+    "write_report",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -168,41 +177,45 @@ def _reference(
 
 def verify_bundle(path: Path, target: str | None) -> Result:
     """Hashes (checked on opening), then each target's golden outputs; exit code 1 when any check fails."""
+    bundle = open_to_verify(path)
+    checks = [_check(bundle, name) for name in ([target] if target else bundle.manifest.targets)]
+    return verified(path, len(bundle.manifest.files), checks)
+
+
+def open_to_verify(path: Path) -> Bundle:
+    """The bundle at `path`; one that fails its own hashes is a failed verification (exit code 1), not a usage error."""
     if not path.exists():
         raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
     try:
-        bundle = Bundle.open(path)
+        return Bundle.open(path)
     except BundleError as error:
-        error.exit_code = 1  # a bundle that fails its own hashes is a failed verification, not a usage error
+        error.exit_code = 1
         raise
-    names = [target] if target else list(bundle.manifest.targets)
-    checks: list[dict[str, Any]] = []
-    lines = [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
-    for name in names:
-        if bundle.artifact(name).settings.get("stage") == "plan":
-            checks.append({"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build"})
-            lines.append(
-                f"  {name}: a build plan; complete it on the device with `vitrim build {path} --target {name}`"
-            )
+
+
+def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Result:
+    """What ``vitrim verify`` answers: passed when a target ran and none failed; exit code 3 when none could run here."""
+    lines = [f"{path}: {files} files match their hashes"]
+    for check in checks:
+        if check["passed"] is None:
+            lines.append(f"  {check['target']}: not run: {check['skipped']}")
             continue
-        state = targets.get(name).available()
-        if not (state.available and state.runs):
-            checks.append({"target": name, "passed": None, "skipped": state.reason})
-            lines.append(f"  {name}: not run here: {state.reason}")
-            continue
-        check = bundle.check(name)
-        checks.append(check)
         verdict = "pass" if check["passed"] else "FAIL"
-        lines.append(f"  {name}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})")
+        lines.append(
+            f"  {check['target']}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})"
+        )
     failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
-    found = {
-        "bundle": str(path),
-        "passed": ran and not failed,
-        "files": len(bundle.manifest.files),
-        "signature": None,
-        "targets": checks,
-    }
-    return Result(found, lines, 1 if failed else 0 if ran else 3)
+    found = {"bundle": str(path), "passed": ran and not failed, "files": files, "signature": None}
+    return Result({**found, "targets": [dict(c) for c in checks]}, lines, 1 if failed else 0 if ran else 3)
+
+
+def _check(bundle: Bundle, name: str) -> dict[str, Any]:
+    if bundle.artifact(name).settings.get("stage") == "plan":
+        return {"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build, on the device"}
+    state = targets.get(name).available()
+    if not (state.available and state.runs):
+        return {"target": name, "passed": None, "skipped": state.reason}
+    return bundle.check(name)
 
 
 def write_report(path: Path, out: Path | None) -> Path:

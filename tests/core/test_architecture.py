@@ -21,7 +21,7 @@ RUNTIMES = {
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
 FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "linalg", "result", "vit"}
-TOP = {"__main__", "cli", "console", "show"}
+TOP = {"__main__", "cli", "cli_device", "console", "show"}
 ORCHESTRATION = {
     *(
         "build_plan",
@@ -34,13 +34,17 @@ ORCHESTRATION = {
         "gating",
         "peaks",
         "inference",
+        "inventory",
         "output",
         "pipeline",
+        "probe",
         "recipe",
         "remote",
+        "replies",
+        "runner",
         "search",
     ),
-    *("stages", "worker"),
+    *("stages", "transport", "worker"),
 }
 
 
