@@ -318,6 +318,20 @@ def build(
     return build_on(where, bundle, target, out, console.note, threads=threads)
 
 
+@command(app, "compare", "vitrim compare old/ new/", "vitrim compare a b c.zip --json")
+def compare_bundles(
+    console: Console,
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more.", show_default=False)],
+) -> Result:
+    """Put bundles side by side: size, precision, accuracy, and the latencies each was made with. Nothing is run."""
+    from compressor import show
+    from compressor.compare import compare, rows
+
+    found = compare(bundles)
+    names = [str(bundle) for bundle in bundles]
+    return Result(found, show.compared(names, rows(found["bundles"]), found["warnings"]))
+
+
 @command(app, "report", "vitrim report b --out report.html")
 def report(
     console: Console,

@@ -28,6 +28,7 @@ ORCHESTRATION = {
         "bundle",
         "cache",
         "candidates",
+        "compare",
         "compiled",
         "doctor",
         "duel",
