@@ -332,16 +332,26 @@ def compare_bundles(
     return Result(found, show.compared(names, rows(found["bundles"]), found["warnings"]))
 
 
-@command(app, "report", "vitrim report b --out report.html")
+@command(app, "report", "vitrim report b --out report.html", "vitrim report --history gates/")
 def report(
     console: Console,
-    bundle: BundlePath,
-    out: Annotated[Path | None, typer.Option(help="Where to write the page (default: next to the bundle).")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A bundle folder or .zip.", show_default=False)
+    ] = None,
+    history: Annotated[Path | None, typer.Option(help="Folder of `vitrim gate --history`, to plot instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page (default: beside what it is of).")] = None,
 ) -> Result:
-    """Write the bundle's report as one HTML page that needs no network."""
-    from compressor.inference import write_report
+    """Write a bundle's report, or the trend of a gate's history, as one HTML page that needs no network."""
+    from compressor.errors import ConfigError
+    from compressor.inference import write_history, write_report
 
-    path = write_report(bundle, out)
+    if history is not None and bundle is None:
+        path = write_history(history, out)
+    elif bundle is not None and history is None:
+        path = write_report(bundle, out)
+    else:
+        got = "neither" if bundle is None else "both"
+        raise ConfigError(f"report: exactly one of BUNDLE and --history must be given, got {got}.")
     return Result({"report": str(path)}, [f"Wrote {path}"])
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 import targets
 from calibration import data
-from compressor import peaks
+from compressor import history, peaks
 from compressor.bundle import Bundle
 from compressor.duel import Contender, profile_fresh
-from compressor.errors import BundleError, ConfigError
+from compressor.errors import BundleError, ConfigError, DataError
 from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
@@ -31,6 +31,7 @@ __all__ = [
     "profile_source",
     "verified",
     "verify_bundle",
+    "write_history",
     "write_report",
 ]
 
@@ -228,12 +229,39 @@ def write_report(path: Path, out: Path | None) -> Path:
     source = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
         raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
-    page = out or path.absolute().with_suffix(".html")
-    text = render(json.loads(source.read_text(encoding="utf-8")))
-    partial = page.with_name(f".{page.name}.partial")
+    return _page(out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8"))))
+
+
+def write_history(folder: Path, out: Path | None) -> Path:
+    """Render the history that ``vitrim gate --history`` keeps in `folder` as one HTML page at `out`, by default in it.
+
+    Raises:
+        DataError: there is none, no run of it has a latency, or a line is damaged.
+    """
+    from compressor.report.trend import Series, render_history
+
+    found = history.series(history.read(folder))
+    if not found:
+        raise DataError(
+            f"{folder}: a history must hold at least one run with a latency, found none.",
+            hint=f"Keep one: vitrim gate NEW --baseline OLD --history {folder}",
+        )
+    charts = []
+    for (device, *setting), entries in found.items():
+        title = ", ".join(
+            f"{name} {value}" for name, value in zip(("target", "threads", "batch"), setting, strict=True)
+        )
+        cpu = entries[-1]["device"].get("cpu")
+        model = cpu.get("model", "unknown CPU") if isinstance(cpu, Mapping) else "unknown CPU"
+        charts.append(Series(title, f"{model}, device {device}", entries, **history.levels(entries)))
+    return _page(out or folder / "history.html", render_history(folder.absolute().name, charts))
+
+
+def _page(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(page)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return page
+    return path
