@@ -318,18 +318,24 @@ def build(
     return build_on(where, bundle, target, out, console.note, threads=threads)
 
 
-@command(app, "compare", "vitrim compare old/ new/", "vitrim compare a b c.zip --json")
+@command(app, "compare", "vitrim compare old/ new/", "vitrim compare a b c.zip --html side-by-side.html --json")
 def compare_bundles(
     console: Console,
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Also write the table as one HTML page here.")] = None,
 ) -> Result:
     """Put bundles side by side: size, precision, accuracy, and the latencies each was made with. Nothing is run."""
     from compressor import show
     from compressor.compare import compare, rows
 
     found = compare(bundles)
-    names = [str(bundle) for bundle in bundles]
-    return Result(found, show.compared(names, rows(found["bundles"]), found["warnings"]))
+    names, lines = [str(bundle) for bundle in bundles], rows(found["bundles"])
+    if html is not None:
+        from compressor.output import write_text
+        from compressor.report.page import page
+
+        write_text(html, page("compare", names=names, rows=lines, warnings=found["warnings"]))
+    return Result(found, show.compared(names, lines, found["warnings"]))
 
 
 @command(app, "report", "vitrim report b --out report.html", "vitrim report --history gates/")

@@ -17,6 +17,7 @@ from compressor import history, peaks
 from compressor.bundle import Bundle
 from compressor.duel import Contender, profile_fresh
 from compressor.errors import BundleError, ConfigError, DataError
+from compressor.output import write_text
 from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
@@ -229,7 +230,9 @@ def write_report(path: Path, out: Path | None) -> Path:
     source = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
         raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
-    return _page(out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8"))))
+    return write_text(
+        out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8")))
+    )
 
 
 def write_history(folder: Path, out: Path | None) -> Path:
@@ -254,14 +257,4 @@ def write_history(folder: Path, out: Path | None) -> Path:
         cpu = entries[-1]["device"].get("cpu")
         model = cpu.get("model", "unknown CPU") if isinstance(cpu, Mapping) else "unknown CPU"
         charts.append(Series(title, f"{model}, device {device}", entries, **history.levels(entries)))
-    return _page(out or folder / "history.html", render_history(folder.absolute().name, charts))
-
-
-def _page(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_text(out or folder / "history.html", render_history(folder.absolute().name, charts))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.errors import ConfigError, unknown_name
-from compressor.output import write_json
+from compressor.output import write_text
 from compressor.transport import transport
 
 __all__ = ["Device", "add", "default_file", "device", "listed", "remove", "resolve"]
@@ -115,12 +116,7 @@ def _write(file: Path, devices: dict[str, Device]) -> None:
             f"device: {_first(error)}", hint="Names are letters, digits, dot, dash, underscore."
         ) from None
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        write_json(partial, content)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def _first(error: ValidationError) -> str:

@@ -409,3 +409,9 @@ def test_names_that_a_shell_would_run_are_only_names(server: Server, small: Path
     done = there(server, "verify", odd)
     assert done.code == 0, done.err
     assert server.left == [] and list(server.home.rglob("owned")) == []
+
+
+def test_what_is_needed_here_is_one_sentence(small: Path, tmp_path: Path) -> None:
+    for device, tool in (("adb://X1", "adb"), ("ssh://board", "ssh")):
+        done = vitrim("profile", small, "--device", device, "--json", env={"PATH": str(tmp_path)})
+        assert done.code == 3 and done.json["error"]["hint"] == f"Install {tool}."

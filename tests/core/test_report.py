@@ -17,6 +17,7 @@ from compressor.errors import ConfigError, DataError
 from compressor.history import change_points
 from compressor.report import contact_sheet, render
 from compressor.report.charts import PERCENT, Axis, Point, scatter
+from compressor.report.page import page
 from compressor.report.trend import Series, render_history
 from compressor.types import latency_ms
 
@@ -328,6 +329,16 @@ def test_history_escapes_what_it_read() -> None:
     assert not {"script", "img"} & page.tags and page.text.count("alert(1)") > 24
 
 
+def side_by_side(name: str = "old") -> str:
+    return page("compare", names=[name, "new"], rows=[(name, ["1", name]), ("ort p50 ms", ["2", ""])], warnings=[name])
+
+
+def test_side_by_side_shows_every_cell_and_escapes_it() -> None:
+    found = Page(side_by_side(NASTY))
+    assert found.ids == {"warnings", "compare"} and found.text.count(NASTY) == 4
+    assert not {"script", "img"} & found.tags and found.links == []
+
+
 @pytest.mark.parametrize("runs", [1, 2, 300])
 def test_history_of_any_length_is_drawn_over_whole_runs(runs: int) -> None:
     text = render_history("gates", [slower(runs)])
@@ -362,11 +373,11 @@ def drawn(tmp_path: Path, text: str, width: int) -> np.ndarray:
     """The page as headless Chromium draws it, (H, W, 3); anything it complains about is an error."""
     from PIL import Image
 
-    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    page.write_text(text, encoding="utf-8")
+    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    file.write_text(text, encoding="utf-8")
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0")
     places = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", f"--screenshot={shot}")
-    command = [str(BROWSER), *options, *places, page.as_uri()]
+    command = [str(BROWSER), *options, *places, file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert "CONSOLE" not in done.stderr  # where a page's errors and refused loads are reported
     return np.asarray(Image.open(shot).convert("RGB"), dtype=np.int64)
@@ -376,12 +387,16 @@ def drawn(tmp_path: Path, text: str, width: int) -> np.ndarray:
     BROWSER is None, reason="no Chromium is installed: `apt-get install chromium` to have the page drawn"
 )
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("kind", ["report", "history"])
+@pytest.mark.parametrize("kind", ["report", "history", "compare"])
 def test_a_browser_draws_the_page_without_an_error_and_without_sideways_scrolling(
     tmp_path: Path, kind: str, width: int
 ) -> None:
-    text = render(everything()) if kind == "report" else render_history("gates", [slower(), slower(runs=2)])
-    pixels = drawn(tmp_path, text, width)
+    pages = {
+        "report": lambda: render(everything()),
+        "history": lambda: render_history("gates", [slower(), slower(runs=2)]),
+        "compare": side_by_side,
+    }
+    pixels = drawn(tmp_path, pages[kind](), width)
     assert pixels.shape[1] == width
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # something was drawn
     background = pixels[-1, 0]
