@@ -19,6 +19,7 @@ from compressor.errors import ConfigError
 __all__ = ["SCHEMES", "Transport", "transport"]
 
 SSH_FAILED = 255  # ssh's own failures; nothing we start there exits with it
+ADB_FAILED = re.compile(r"(adb|error): ")  # adb has no exit status of its own; it may first tell of its daemon
 SSH_OPTIONS = (
     *("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=4"),
     *("ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "PermitLocalCommand=no"),
@@ -100,7 +101,7 @@ def _adb(url: str, parts: SplitResult) -> Transport:
     return Transport(
         url=url,
         command=lambda script: ["adb", "-s", serial, "shell", "-T", f"exec sh -c {shlex.quote(script)}"],
-        lost=lambda status, stderr: status != 0 and stderr.lstrip().startswith(("adb:", "error:")),
+        lost=lambda status, stderr: status != 0 and any(map(ADB_FAILED.match, stderr.splitlines())),
         scratch="/data/local/tmp",
         by_hand=shlex.join(["adb", "-s", serial, "shell", "true"]),
     )

@@ -29,7 +29,8 @@ def test_adb_is_told_which_device():
     there = transport("adb://emulator-5554")
     assert there.command("true") == ["adb", "-s", "emulator-5554", "shell", "-T", "exec sh -c true"]
     assert transport("adb://192.168.1.5:5555").command("true")[2] == "192.168.1.5:5555"
-    assert there.lost(1, "error: device 'x' not found") and there.lost(1, "adb: device offline")
+    daemon = "* daemon not running; starting now at tcp:5037\n* daemon started successfully\n"  # adb 29's own words
+    assert there.lost(1, f"{daemon}error: device 'x' not found\n") and there.lost(1, "adb: device offline")
     assert not there.lost(1, "sh: python3: not found") and not there.lost(0, "adb: warning")
 
 
