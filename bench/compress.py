@@ -2,6 +2,7 @@
 
     python bench/compress.py [--images 256] [--batch 16] [--threads 2]
     python bench/compress.py --prune [--images 512] [--shape large]     pruning by obs beside the plain forward pass
+    python bench/compress.py --quantize [--images 256]                  w8a8 calibration beside the plain forward pass
 
 Weights and images are random: this measures time and memory, never accuracy. The two passes are interleaved batch by
 batch, so a slow moment of the machine hits both; their ratio is what counts.
@@ -22,6 +23,9 @@ import torch
 
 from calibration.observe import ObservePlan, observe
 from compressor.prune import ObsConfig, prune
+from compressor.quantize import QuantizeConfig
+from compressor.quantize.importance import token_importance
+from compressor.quantize.refine import RefineConfig, refine
 from compressor.types import Array, BlockSpec, Capabilities, Model, Preprocess, VitSpec
 from compressor.vit import VisionTransformer, to_torch
 
@@ -95,6 +99,24 @@ def time_pruning(model: Model, images: int, batch: int) -> None:
     print(f"peak memory            {peak_gb():8.2f} GB  (goal 4.00 for base, 10.00 for large)")
 
 
+def time_quantizing(model: Model, images: int, batch: int) -> None:
+    """Token importance, grids, refits and rounding of every layer; the goal is 2.5 times the two plain passes it needs."""
+    rng = np.random.default_rng(1)
+    pixels = [rng.standard_normal((batch, 3, *model.spec.image_size), dtype=np.float32) for _ in range(images // batch)]
+    network, started = to_torch(model), time.process_time()
+    with torch.inference_mode():
+        for batch_pixels in pixels:
+            network(torch.from_numpy(batch_pixels))
+    plain, started = time.process_time() - started, time.process_time()
+    importance = token_importance(network, pixels[: max(1, 64 // batch)])
+    weighed, started = time.process_time() - started, time.process_time()
+    refine(model, pixels, RefineConfig(QuantizeConfig("w8a8", asymmetric=("fc2", "patch"))), importance)
+    total = weighed + time.process_time() - started
+    print(f"plain forward pass     {plain:8.2f} s of processor time, {images} images, batch {batch}")
+    print(f"w8a8 calibration       {total:8.2f} s   {total / (2 * plain):.2f} times two passes (goal 2.50)")
+    print(f"peak memory            {peak_gb():8.2f} GB  (goal 4.00)")
+
+
 def time_lowering(model: Model) -> None:
     from compressor.lower import lower
 
@@ -120,12 +142,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="base")
     parser.add_argument("--prune", action="store_true")
+    parser.add_argument("--quantize", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = random_model(SHAPES[options.shape])
     print(f"DeiT {options.shape} shape, random weights, {options.threads} threads, torch {torch.__version__}")
     if options.prune:
         time_pruning(model, options.images, options.batch)
+        return
+    if options.quantize:
+        time_quantizing(model, options.images, options.batch)
         return
     time_statistics(to_torch(model), options.images, options.batch)
     time_lowering(model)

@@ -24,12 +24,14 @@ from compressor.errors import BundleError, ConfigError
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.result import Result
-from compressor.types import Artifact, BuildOptions, Model, Precision, Quantization, Session, latency_ms
+from compressor.types import Artifact, BuildOptions, Model, Precision, Session, latency_ms
 from compressor.verify import check_parity
 from targets._artifacts import digest
 
 if TYPE_CHECKING:
     import onnx_ir
+
+    from compressor.quantize.refine import Refined
 
 __all__ = ["build_bundle", "built", "is_planned", "make_plan", "planner"]
 
@@ -76,7 +78,7 @@ def make_plan(
     model: Model,
     name: str,
     precisions: tuple[Precision, ...],
-    quantizations: Mapping[Precision, Quantization],
+    quantizations: Mapping[Precision, Refined],
     out_dir: Path,
 ) -> Artifact:
     """One plan of `model` for target `name` per precision, as one artifact; the first precision is the one to beat.
@@ -90,10 +92,11 @@ def make_plan(
     """
     from compressor.lower import lower
 
-    form = targets.get(name).CAPABILITIES
-    plans = [
-        planner(name).plan(lower(model, form, quantizations.get(p)), BuildOptions(out_dir, p, p)) for p in precisions
-    ]
+    form, plans = targets.get(name).CAPABILITIES, []
+    for p in precisions:
+        refined = quantizations.get(p)
+        graph = lower(refined.model, form, refined.quantization) if refined else lower(model, form)
+        plans.append(planner(name).plan(graph, BuildOptions(out_dir, p, p)))
     files = tuple(plan.path for plan in plans)
     size = sum(plan.size_bytes for plan in plans)
     return replace(plans[0], files=files, sha256=digest(files), size_bytes=size)
@@ -172,7 +175,9 @@ def _race(
         }
         feed = {engines[0].inputs[0].name: golden[:1]}
         times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
-    candidates = tuple(Candidate(e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines)
+    candidates = tuple(
+        Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
+    )
     kept, _, reason = choose(candidates, "auto", 98.0)
     return kept, candidates, reason
 

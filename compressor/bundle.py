@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import targets
 from calibration.preprocess import apply
 from compressor.errors import BundleError, ConfigError, unknown_name
-from compressor.types import Array, Artifact, BlockSpec, Preprocess, Session, TensorSpec, VitSpec
+from compressor.types import Array, Artifact, BlockSpec, Precision, Preprocess, Session, TensorSpec, VitSpec
 from compressor.verify import tolerance
 
 __all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "seal", "sha256_file"]
@@ -62,7 +62,7 @@ class TargetEntry(_Strict):
     path: str
     files: list[str]  # all of them, in the target's order, main file included
     sha256: str  # of `files` one after the other
-    precision: Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
+    precision: Precision
     settings: dict[str, str] = {}
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from compressor.types import (
     latency_ms,
 )
 from compressor.verify import check_parity
+
+if TYPE_CHECKING:
+    from compressor.quantize.refine import Refined  # torch is not part of a device install
 
 __all__ = ["Candidate", "Outcome", "build", "choose", "contest", "logits", "open_model", "precisions", "require"]
 
@@ -54,9 +57,10 @@ def precisions(name: str, wanted: str) -> tuple[Precision, ...]:
     Raises:
         ConfigError: the target cannot run `wanted`.
     """
-    known = targets.get(name).CAPABILITIES.precisions
+    form = targets.get(name).CAPABILITIES
+    known = (*form.precisions, *form.narrow)
     if wanted == "auto":
-        return tuple(known)
+        return form.precisions
     if wanted not in known:
         raise ConfigError(f"precision must be one of {', '.join(known)} or auto for target {name!r}, got {wanted!r}.")
     first: Precision = "fp32" if "fp32" in known else known[0]
@@ -91,8 +95,12 @@ def open_model(model: Model, name: str, threads: int, stack: ExitStack) -> tuple
 
 @dataclass(frozen=True)
 class Candidate:
-    """One precision of one target: built, proven against the float model, and raced."""
+    """One way to run the model on one target: built, proven against the float model, and raced.
 
+    `label` is the precision, and the settings that differ where the same files can be run in several ways.
+    """
+
+    label: str
     artifact: Artifact
     parity: Parity
     samples_ns: tuple[int, ...]
@@ -128,7 +136,7 @@ class Contest:
         expected: (n, classes) logits of `model` on `pixels`.
         pixels: (n, C, h, w) calibration inputs for parity; never evaluation images.
         golden: (8, C, h, w).
-        quantizations: by precision.
+        quantizations: by precision, as the target wants them.
         threads: of every session.
         quantizer: whose integers; ``nncf`` only where the target offers it.
         min_agreement: percent of classes that a candidate must share with `model` to be eligible.
@@ -139,7 +147,7 @@ class Contest:
     expected: Array
     pixels: Array
     golden: Array
-    quantizations: Mapping[Precision, Quantization] = field(default_factory=dict)
+    quantizations: Mapping[Precision, Refined] = field(default_factory=dict)
     threads: int = 1
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     min_agreement: float = 98.0
@@ -155,18 +163,14 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitrim-")))
         reference = build(job.reference, name, BuildOptions(folder, name="reference"))
+        artifacts = _artifacts(job, name, wanted, out_dir)
         sessions = {"reference": target.open(reference, threads=job.threads)}
-        artifacts: dict[str, Artifact] = {}
-        for precision in precisions(name, wanted):
-            calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8)))
-            options = BuildOptions(out_dir, precision, precision, job.quantizer, calibration)
-            artifacts[precision] = build(job.model, name, options, job.quantizations.get(precision))
-            sessions[precision] = target.open(artifacts[precision], threads=job.threads)
+        sessions |= {label: target.open(artifact, threads=job.threads) for label, artifact in artifacts.items()}
         feed = {reference.inputs[0].name: job.golden[:1]}
         times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
-        candidates = tuple(_candidate(job, sessions[p], a, times[p]) for p, a in artifacts.items())
+        candidates = tuple(_candidate(job, label, sessions[label], a, times[label]) for label, a in artifacts.items())
         kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
-        ops, before = sessions[kept.artifact.precision].ops(feed), sessions["reference"].ops(feed)
+        ops, before = sessions[kept.label].ops(feed), sessions["reference"].ops(feed)
     for loser in candidates:
         if loser is not kept:
             for file in set(loser.artifact.files) - set(kept.artifact.files):
@@ -174,12 +178,29 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
     return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops, before)
 
 
-def _candidate(job: Contest, session: Session, artifact: Artifact, samples_ns: tuple[int, ...]) -> Candidate:
+def _artifacts(job: Contest, name: str, wanted: str, out_dir: Path) -> dict[str, Artifact]:
+    """Everything target `name` may run, by label: each precision, under each setting the target offers for it."""
+    found: dict[str, Artifact] = {}
+    for precision in precisions(name, wanted):
+        calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8)))
+        options = BuildOptions(out_dir, precision, precision, job.quantizer, calibration)
+        refined = job.quantizations.get(precision)
+        model, grids = (refined.model, refined.quantization) if refined else (job.model, None)
+        artifact = build(model, name, options, grids)
+        for variant in targets.variants(name, artifact):
+            changed = [f"{k}={v}" for k, v in variant.settings.items() if artifact.settings.get(k) != v]
+            found[f"{precision} ({', '.join(changed)})" if changed else precision] = variant
+    return found
+
+
+def _candidate(
+    job: Contest, label: str, session: Session, artifact: Artifact, samples_ns: tuple[int, ...]
+) -> Candidate:
     got = logits(session, artifact, job.pixels)
-    where = f"{artifact.target} {artifact.precision}"
+    where = f"{artifact.target} {label}"
     result = check_parity(job.expected, got, artifact.precision, where)
     golden = np.concatenate([logits(session, artifact, x[None]) for x in job.golden])
-    return Candidate(artifact, result, samples_ns, golden)
+    return Candidate(label, artifact, result, samples_ns, golden)
 
 
 def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:
@@ -190,15 +211,15 @@ def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float)
     base = candidates[0]
     if len(candidates) == 1:
         return base, False, f"{base.artifact.precision} was the only precision asked for."
-    ratios = {c.artifact.precision: faster(c.samples_ns, base.samples_ns) for c in candidates[1:]}
+    ratios = {c.label: faster(c.samples_ns, base.samples_ns) for c in candidates[1:]}
     exact = [c for c in candidates[1:] if 100 * c.parity.agreement >= min_agreement or wanted == c.artifact.precision]
-    kept = min([base, *(c for c in exact if ratios[c.artifact.precision].is_faster)], key=lambda c: c.p50)
-    told = [f"{base.artifact.precision} {base.p50:.3g} ms"]
+    kept = min([base, *(c for c in exact if ratios[c.label].is_faster)], key=lambda c: c.p50)
+    told = [f"{base.label} {base.p50:.3g} ms"]
     for c in candidates[1:]:
-        r = ratios[c.artifact.precision]
-        text = f"{c.artifact.precision} {c.p50:.3g} ms ({r.ratio:.2f}x its time, 95 % interval {r.low:.2f} to {r.high:.2f})"
+        r = ratios[c.label]
+        text = f"{c.label} {c.p50:.3g} ms ({r.ratio:.2f}x its time, 95 % interval {r.low:.2f} to {r.high:.2f})"
         told.append(text if c in exact else f"{text}, not eligible at {100 * c.parity.agreement:.1f} % agreement")
-    reason = f"{kept.artifact.precision} kept: " + "; ".join(told) + "."
+    reason = f"{kept.label} kept: " + "; ".join(told) + "."
     if wanted != "auto":
         return kept, kept.artifact.precision != wanted, reason
     return kept, kept.artifact.precision in FLOAT and any(c.artifact.precision not in FLOAT for c in candidates), reason

@@ -120,6 +120,10 @@ def compress(
         str | None, typer.Option(help="fp32, bf16, w8a8, ... or auto: the fastest that agrees.")
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="vitrim (default), or nncf where the target offers it.")] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Percent of classes integers must keep; else layers stay in float (default 98)."),
+    ] = None,
     calib_size: Annotated[int | None, typer.Option(help="Calibration images used, at most (default 512).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
     arch: Arch = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +26,15 @@ from compressor.compiled import Compiled, compile_model, is_compiled
 from compressor.compiled import to_json as compiled_json
 from compressor.device import fingerprint, peak_rss_bytes
 from compressor.errors import ConfigError
+from compressor.kernels import int8_share
 from compressor.output import write_json
 from compressor.profile import Stopwatch
+from compressor.quantize.plan import for_target
+from compressor.quantizing import Quantized, Quantizer
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
-from compressor.stages import Images, Progress, load_images, prune_stage, quantize_stage, torch_logits
-from compressor.types import Array, Artifact, Model, latency_ms
+from compressor.stages import Images, Progress, load_images, prune_stage, torch_logits
+from compressor.types import Array, Artifact, Model, Precision, latency_ms
 from compressor.verify import accuracy
 
 __all__ = ["compress"]
@@ -50,6 +53,7 @@ class Run:
     model: Model
     blocks: list[dict[str, Any]]
     images: Images
+    quantized: dict[str, dict[Precision, Quantized]]  # by target
     outcomes: tuple[Outcome, ...]
     plans: tuple[Artifact, ...]  # of targets whose artifacts are completed on the device
     compiled: tuple[Compiled, ...]  # of chips that are not here
@@ -119,32 +123,54 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
         images = load_images(recipe, reference)
     with watch("prune"):
         model, blocks = prune_stage(reference, images.calibration, recipe, cache, progress)
-    own = [name for name in recipe.targets if not is_compiled(name)]  # vendors' compilers quantize by themselves
-    integers = {p for name in own for p in precisions(name, recipe.precision) if p not in FLOAT}
-    with watch("quantize"):
-        grids = {
-            p: quantize_stage(model, images.calibration, p, cache, progress)
-            for p in sorted(integers)
-            if recipe.quantizer == "vitrim"
-        }
     subset = images.calibration.subset(range(min(PARITY_IMAGES, len(images.calibration))))
     pixels = np.concatenate(list(data.batches(subset, model.preprocess, 64)))
     expected = torch_logits(model, pixels)
-    job = Contest(reference, model, expected, pixels, pixels[:GOLDEN], grids, recipe.threads, recipe.quantizer)
+    with watch("quantize"):
+        quantized = _quantize(recipe, Quantizer(model, reference, images.calibration, pixels, cache, progress))
+    job = Contest(
+        reference,
+        model,
+        expected,
+        pixels,
+        pixels[:GOLDEN],
+        threads=recipe.threads,
+        quantizer=recipe.quantizer,
+        min_agreement=recipe.min_agreement,
+    )
     outcomes, plans, compiled = [], [], []
     for done, name in enumerate(recipe.targets, 1):
         with watch(f"target {name}"):
             home = folder / "targets" / name
             home.mkdir(parents=True)
+            grids = {p: q.refined for p, q in quantized.get(name, {}).items()}
             if is_planned(name):
                 plans.append(make_plan(model, name, precisions(name, recipe.precision), grids, home))
             elif is_compiled(name):
                 compiled.append(compile_model(job, name, recipe.precision, home))
             else:
-                outcomes.append(contest(job, name, recipe.precision, home))
+                outcomes.append(contest(replace(job, quantizations=grids), name, recipe.precision, home))
         progress("build, verify, race", done, len(recipe.targets))
     made = tuple(outcomes), tuple(plans), tuple(compiled)
-    return Run(recipe, reference, model, blocks, images, *made, pixels, expected)
+    return Run(recipe, reference, model, blocks, images, quantized, *made, pixels, expected)
+
+
+def _quantize(recipe: Recipe, quantizer: Quantizer) -> dict[str, dict[Precision, Quantized]]:
+    """What each target that takes our integers is to run, by precision; targets that want the same grids share them."""
+    if recipe.quantizer != "vitrim":
+        return {}
+    made: dict[Any, Quantized] = {}
+    found: dict[str, dict[Precision, Quantized]] = {}
+    for name in recipe.targets:
+        if is_compiled(name):  # a vendor's compiler quantizes by itself
+            continue
+        wanted = [p for p in precisions(name, recipe.precision) if p not in FLOAT]
+        configs = {p: for_target(targets.get(name).CAPABILITIES, p) for p in wanted}
+        for config in configs.values():
+            if config not in made:
+                made[config] = quantizer.quantize(config, recipe.min_agreement)
+        found[name] = {p: made[config] for p, config in configs.items()}
+    return found
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -187,7 +213,7 @@ def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "evaluated_on": "evaluation" if run.images.evaluation is not None else "calibration",
             "n": first["n"],
         },
-        "targets": [_target_result(o, accuracies[o.target]) for o in run.outcomes],
+        "targets": [_target_result(run, o, accuracies[o.target]) for o in run.outcomes],
         "compiled": [compiled_json(c) for c in run.compiled],
         "plans": [
             {"name": p.target, "size_bytes": p.size_bytes, "next": "vitrim build, on the device"} for p in run.plans
@@ -195,8 +221,10 @@ def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _target_result(outcome: Outcome, found: dict[str, Any]) -> dict[str, Any]:
+def _target_result(run: Run, outcome: Outcome, found: dict[str, Any]) -> dict[str, Any]:
     kept = outcome.kept
+    quantized = run.quantized.get(outcome.target, {}).get(kept.artifact.precision)
+    kept_float = quantized.kept_float if quantized else ()
     reference, latency = latency_ms(outcome.reference_ns), latency_ms(kept.samples_ns)
     return {
         "name": outcome.target,
@@ -209,6 +237,9 @@ def _target_result(outcome: Outcome, found: dict[str, Any]) -> dict[str, Any]:
         "parity": {**asdict(kept.parity), "agreement": 100 * kept.parity.agreement},
         "reverted": outcome.reverted,
         "reason": outcome.reason,
+        "settings": dict(kept.artifact.settings),
+        "kept_float": list(kept_float),
+        **int8_share(outcome.ops, run.model.spec, kept_float),
         "accuracy": found,
     }
 
@@ -255,6 +286,7 @@ def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     candidates = [
         {
             "target": o.target,
+            "label": c.label,
             "precision": c.artifact.precision,
             "latency_ms": latency_ms(c.samples_ns),
             "samples_ns": list(c.samples_ns),
@@ -270,11 +302,30 @@ def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
         "candidates": candidates,
         "ops": {o.target: [asdict(op) for op in o.ops] for o in run.outcomes},
         "reference_ops": {o.target: [asdict(op) for op in o.reference_ops] for o in run.outcomes},
+        "sensitivity": _sensitivity(run),
         "contact_sheet": {
             "image": contact_sheet(_pictures(run)),
             "caption": "Calibration images as the network sees them.",
         },
         "provenance": {**provenance, "device": fingerprint()},
+    }
+
+
+def _sensitivity(run: Run) -> dict[str, Any] | None:
+    """Divergence per site, a row per block and a column per site, of the first quantization made."""
+    tables = [(p, q.sensitivity) for made in run.quantized.values() for p, q in made.items()]
+    if not tables:
+        return None
+    precision, table = tables[0]
+    cells = {tuple(s.site.rpartition(".")[::2]): s.divergence for s in table if s.site.startswith("blocks.")}
+    columns = list(dict.fromkeys(site for _, site in cells))
+    rows = list(dict.fromkeys(block for block, _ in cells))
+    return {
+        "rows": rows,
+        "columns": columns,
+        "values": [[cells.get((row, column), 0.0) for column in columns] for row in rows],
+        "unit": f"KL divergence (nats) from the float prediction when one site alone runs in {precision}.",
+        "sites": [asdict(s) for s in table],
     }
 
 

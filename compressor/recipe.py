@@ -41,6 +41,7 @@ class Recipe:
     damping: float | None = None
     precision: str = "auto"
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
+    min_agreement: float = 98.0
     calib_size: int = 512
     seed: int = 0
     threads: int = 1
@@ -52,6 +53,8 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half."
                 )
+        if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 100:
+            raise ConfigError(f"min_agreement must be a percentage in [0, 100], got {self.min_agreement!r}.")
         for name, low in INTEGERS.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):

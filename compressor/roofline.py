@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from compressor.types import BlockSpec, OpRecord, VitSpec
 
-__all__ = ["PARTS", "Part", "Peaks", "efficiency", "fold", "work"]
+__all__ = ["PARTS", "SILENT", "Part", "Peaks", "Place", "efficiency", "fold", "places", "work"]
 
 PARTS = ("patch", "norm", "qkv", "attention", "proj", "fc1", "act", "fc2", "residual", "head", "other")
 NAMED = re.compile(r"^(?:/?[\w]*/)?blocks\.(\d+)\.([a-z_0-9]+)")
@@ -44,6 +44,7 @@ NORMS, ACTIVATIONS = (
 )
 SILENT = ("Const", "Input", "Output", "Parameter", "Result")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+Place = tuple[int | None, str]
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,18 @@ def fold(ops: Sequence[OpRecord]) -> tuple[Part, ...]:
     [(0, 'fc1', 0.75), (0, 'act', 0.25)]
     """
     alive = [op for op in ops if op.type not in SILENT]
-    places = _places(alive)
-    groups: dict[tuple[int | None, str], list[OpRecord]] = {}
-    for op, place in zip(alive, places, strict=True):
+    groups: dict[Place, list[OpRecord]] = {}
+    for op, place in zip(alive, places(alive), strict=True):
         groups.setdefault(place, []).append(op)
     total = sum(op.time_ms for op in alive)
 
-    def part(place: tuple[int | None, str], nodes: list[OpRecord]) -> Part:
+    def part(place: Place, nodes: list[OpRecord]) -> Part:
         time = sum(op.time_ms for op in nodes)
         longest = max(nodes, key=lambda op: op.time_ms)
         where = tuple(sorted({op.placement for op in nodes}))
         return Part(*place, time, time / total if total else 0.0, longest.precision, where)
 
-    def order(place: tuple[int | None, str]) -> tuple[float, int]:
+    def order(place: Place) -> tuple[float, int]:
         block, name = place
         last = float("inf") if name in ("head", "other") else -1.0
         return (last if block is None else float(block)), PARTS.index(name)
@@ -105,7 +105,7 @@ def fold(ops: Sequence[OpRecord]) -> tuple[Part, ...]:
     return tuple(part(place, groups[place]) for place in sorted(groups, key=order))
 
 
-def work(spec: VitSpec) -> dict[tuple[int | None, str], tuple[float, float, float]]:
+def work(spec: VitSpec) -> dict[Place, tuple[float, float, float]]:
     """Multiply-adds, weights and activations (elements read and written) of every part that multiplies, for one image.
 
     The last block computes only the rows its pooling reads, as the emitted graph does.
@@ -113,7 +113,7 @@ def work(spec: VitSpec) -> dict[tuple[int | None, str], tuple[float, float, floa
     t, c = spec.tokens, spec.embed_dim
     patches = spec.grid[0] * spec.grid[1]
     pixels = spec.in_chans * spec.patch_size[0] * spec.patch_size[1]
-    found: dict[tuple[int | None, str], tuple[float, float, float]] = {
+    found: dict[Place, tuple[float, float, float]] = {
         (None, "patch"): (patches * pixels * c, pixels * c, patches * (pixels + c)),
     }
     for i, block in enumerate(spec.blocks):
@@ -161,26 +161,27 @@ def _block_work(block: BlockSpec, t: int, c: int, rows: int) -> dict[str, tuple[
     }
 
 
-def _places(ops: Sequence[OpRecord]) -> list[tuple[int | None, str]]:
+def places(ops: Sequence[OpRecord]) -> list[Place]:
+    """Block (None outside the blocks) and part of every node."""
     named = [_named(op.name) for op in ops]
     following: list[int | None] = [None] * len(ops)
     block: int | None = None
     for i in range(len(ops) - 1, -1, -1):
         block = named[i][0] if named[i] is not None else block  # type: ignore[index]
         following[i] = block
-    places, block = [], None
+    found, block = [], None
     for op, place, after in zip(ops, named, following, strict=True):
         if place is not None:
             block = place[0]
-            places.append(place)
+            found.append(place)
         elif op.type in NORMS:
-            places.append((after, "norm"))
+            found.append((after, "norm"))
         else:
-            places.append((block, "act" if op.type in ACTIVATIONS else "other"))
-    return places
+            found.append((block, "act" if op.type in ACTIVATIONS else "other"))
+    return found
 
 
-def _named(name: str) -> tuple[int | None, str] | None:
+def _named(name: str) -> Place | None:
     """Block and part that `name` says, None when it is not one of our names."""
     if (match := NAMED.match(name)) is not None:
         return int(match[1]), OF_NAME.get(match[2], "other")

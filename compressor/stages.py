@@ -1,4 +1,4 @@
-"""The stages of a run, each taken from the cache when it was finished before: images, pruning, quantization."""
+"""The first stages of a run, each taken from the cache when it was finished before: images and pruning."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from calibration import data
 from calibration.observe import ObservePlan, observe
 from compressor import checkpoint
 from compressor.cache import Cache, key
-from compressor.errors import ConfigError, DataError
+from compressor.errors import DataError
 from compressor.prune import configure, prune
-from compressor.quantize import QuantizeConfig, quantize
 from compressor.recipe import Recipe
-from compressor.types import PRECISION_BITS, Array, Model, Precision, QParams, Quantization, Statistics
+from compressor.types import Array, Model, Statistics
 from compressor.vit import VisionTransformer, to_torch
 
-__all__ = ["Images", "Progress", "load_images", "model_digest", "prune_stage", "quantize_stage", "torch_logits"]
+__all__ = ["Images", "Progress", "batches", "load_images", "model_digest", "prune_stage", "torch_logits"]
 
 Progress = Callable[[str, int, int], None]
 BATCH = 16
@@ -126,45 +125,6 @@ def prune_options(recipe: Recipe) -> dict[str, Any]:
     if recipe.pruner == "obs":
         options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
     return options
-
-
-def quantize_stage(
-    model: Model, images: data.ImageSet, precision: Precision, cache: Cache, progress: Progress
-) -> Quantization:
-    """Integer grids of `model` from one streamed pass over `images`."""
-    if precision not in PRECISION_BITS:
-        raise ConfigError(f"precision {precision!r} has no integers to calibrate.")
-    name = key("quantize", model=model_digest(model), images=images.digest(), precision=precision)
-
-    def make(folder: Path) -> None:
-        stats = observe(to_torch(model), batches(images, model, progress, f"calibrate {precision}"), ObservePlan())
-        write_quantization(quantize(model, stats, QuantizeConfig(precision)), folder / "quantization.npz")
-
-    folder, reused = cache.fetch(name, make)
-    if reused:
-        progress(f"calibrate {precision} (reused)", 1, 1)
-    return read_quantization(folder / "quantization.npz", precision)
-
-
-def write_quantization(quantization: Quantization, path: Path) -> None:
-    """Scales as arrays, the rest as one JSON entry."""
-    arrays: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    for kind, table in (("weights", quantization.weights), ("activations", quantization.activations)):
-        for name, q in table.items():
-            arrays[f"{kind}/{name}"] = np.asarray(q.scale, np.float32)
-            facts[f"{kind}/{name}"] = [q.zero_point, q.bits, q.axis]
-    np.savez(path, facts=np.array(json.dumps(facts)), **arrays)
-
-
-def read_quantization(path: Path, precision: Precision) -> Quantization:
-    """What `write_quantization` wrote."""
-    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
-    with np.load(path, allow_pickle=False) as stored:
-        for entry, (zero, bits, axis) in json.loads(str(stored["facts"])).items():
-            kind, _, name = entry.partition("/")
-            tables[kind][name] = QParams(stored[entry], zero, bits, axis)
-    return Quantization(tables["weights"], tables["activations"], precision)
 
 
 def torch_logits(model: Model, pixels: Array, batch: int = 50) -> Array:

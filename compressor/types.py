@@ -52,10 +52,16 @@ __all__ = [
     "latency_ms",
 ]
 
-Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6"]
+Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6", "w4a4"]
 Bits = tuple[int, int]  # (weight bits, activation bits)
 
-PRECISION_BITS: Mapping[Precision, Bits] = {"w8a8": (8, 8), "w8a16": (8, 16), "w4a8": (4, 8), "w6a6": (6, 6)}
+PRECISION_BITS: Mapping[Precision, Bits] = {
+    "w8a8": (8, 8),
+    "w8a16": (8, 16),
+    "w4a8": (4, 8),
+    "w6a6": (6, 6),
+    "w4a4": (4, 4),
+}
 
 
 # --------------------------------------------------------------------------- statistics and quantization
@@ -183,6 +189,9 @@ class Capabilities:
     layout: Literal["tokens", "conv"]
     opset: int
     precisions: tuple[Precision, ...]
+    narrow: tuple[
+        Precision, ...
+    ] = ()  # run in int8 on a coarser grid, no faster than w8a8: only when asked for by name
     qkv: Literal["packed", "split"] = "split"
     attention: Literal["matmul", "fused"] = "matmul"
     equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width
@@ -192,6 +201,7 @@ class Capabilities:
     softmax: Literal["node", "exp_conv"] = "node"
     logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1) in the conv layout
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
+    zero_points: bool = True  # whether integer activations may have one at no cost
     batch: Literal["dynamic", "static"] = "dynamic"
     width_multiple: int = 8
 

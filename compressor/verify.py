@@ -23,6 +23,7 @@ TOLERANCE: Mapping[Precision, float] = {
     "w8a16": 5e-2,
     "w4a8": 1e-1,
     "w6a6": 2e-1,
+    "w4a4": 5e-1,
 }
 
 # A built artifact whose top-1 classes agree less often than this with the model it was built from is broken, not imprecise.
@@ -34,6 +35,7 @@ AGREEMENT_FLOOR: Mapping[Precision, float] = {
     "w8a16": 0.9,
     "w4a8": 0.7,
     "w6a6": 0.5,
+    "w4a4": 0.2,
 }
 
 

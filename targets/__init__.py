@@ -13,7 +13,7 @@ from compressor.types import Artifact, Availability, BuildOptions, Capabilities,
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["Target", "get", "names"]
+__all__ = ["Target", "get", "names", "variants"]
 
 GROUP = "vitrim.targets"
 
@@ -56,6 +56,12 @@ def get(name: str) -> Target:
     if name not in registry:
         raise unknown_name("target", name, registry)
     return registry[name]
+
+
+def variants(name: str, artifact: Artifact) -> tuple[Artifact, ...]:
+    """`artifact`, then the same files under other settings where target `name` offers some that may be faster."""
+    offered = getattr(get(name), "variants", None)
+    return offered(artifact) if offered else (artifact,)
 
 
 def _registry() -> dict[str, Target]:

@@ -42,7 +42,9 @@ __all__ = [
 
 Call = Callable[[str, Mapping[str, Any], Mapping[str, Array]], tuple[dict[str, Any], dict[str, Array]]]
 
-CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8"), equal_heads=True)
+CAPABILITIES = Capabilities(
+    layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8"), equal_heads=True, zero_points=False
+)
 BATCHES = (1, 1, 64)  # least, tuned for, largest
 FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16"}  # of everything that is not an integer
 NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}  # engine's type -> ours

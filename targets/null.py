@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["CAPABILITIES", "NAME", "available", "build", "open"]
 
 NAME = "null"
-CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=("fp32", "w8a8"), patch="unshuffle")
+CAPABILITIES = Capabilities(
+    layout="tokens",
+    opset=20,
+    precisions=("fp32", "w8a8"),
+    narrow=("w4a8", "w6a6", "w4a4"),
+    patch="unshuffle",
+)
 
 Attributes = Mapping[str, Any]
 

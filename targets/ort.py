@@ -29,6 +29,7 @@ CAPABILITIES = Capabilities(
     layout="tokens",
     opset=20,
     precisions=("fp32", "w8a8"),
+    narrow=("w4a8", "w6a6", "w4a4"),
     attention="fused",
     patch="unshuffle",
     qdq="integer_ops",

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["CAPABILITIES", "NAME", "available", "build", "open", "variants"]
 
 NAME = "openvino"
-CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=("fp32", "bf16", "w8a8"), patch="unshuffle")
+CAPABILITIES = Capabilities(
+    layout="tokens",
+    opset=20,
+    precisions=("fp32", "bf16", "w8a8"),
+    narrow=("w4a8", "w6a6", "w4a4"),
+    patch="unshuffle",
+)
 HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ

@@ -53,10 +53,18 @@ class QuantizeConfig:
                 hint="fp32 and bf16 are not quantized: skip this stage.",
             )
 
+    def is_asymmetric(self, site: str) -> bool:
+        """Whether `site` gets a zero point where it helps."""
+        return site.rpartition(".")[2] in self.asymmetric
+
+    def is_skipped(self, weight: str) -> bool:
+        """Whether the weight of that name stays in float."""
+        return any(fnmatch.fnmatch(weight, pattern) for pattern in self.skip)
+
 
 def for_target(capabilities: Capabilities, precision: Precision) -> QuantizeConfig:
-    """What a target runs at full speed: a zero point behind the GELU only where integer operators take one."""
-    return QuantizeConfig(precision, asymmetric=("fc2",) if capabilities.qdq == "integer_ops" else ())
+    """What a target runs at full speed: a zero point behind the GELU and at the pixels, where integers take one."""
+    return QuantizeConfig(precision, asymmetric=("fc2", "patch") if capabilities.zero_points else ())
 
 
 SITE = {"q": "qkv", "k": "qkv", "v": "qkv", "proj": "proj", "fc1": "fc1", "gate": "fc1", "fc2": "fc2"}
@@ -95,12 +103,12 @@ def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantiz
     weights: dict[str, QParams] = {}
     activations: dict[str, QParams] = {}
     for name, site in linears(model.spec).items():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in config.skip):
+        if config.is_skipped(name):
             continue
         if site not in stats.histograms:
             raise DataError(f"quantize: the statistics must have a histogram of {site!r}, got none.")
         if site not in activations:
-            asymmetric = site.rpartition(".")[2] in config.asymmetric
+            asymmetric = config.is_asymmetric(site)
             activations[site] = activation_grid(
                 stats.histograms[site], activation_bits, config.search, asymmetric=asymmetric
             )

@@ -16,7 +16,6 @@ see pruning and quantization at once.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,6 +87,7 @@ def refine(
     config: RefineConfig,
     importance: Importance,
     reference: Model | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refined:
     """`model` quantized and compensated in one sequential pass over calibration images.
 
@@ -99,6 +99,7 @@ def refine(
         config: see `RefineConfig`.
         importance: from `compressor.quantize.importance.token_importance` of the reference.
         reference: what to regress towards, e.g. the unpruned model; `model` itself by default.
+        progress: called with (blocks done, blocks).
 
     Raises:
         ConfigError: `reference` has another embedding, another number of blocks or other classes than `model`.
@@ -118,6 +119,7 @@ def refine(
         for i in range(len(model.spec.blocks)):
             walk.attention(i)
             walk.mlp(i)
+            progress(i + 1, len(model.spec.blocks))
         if model.spec.num_classes:
             walk.classify()
     return walk.result()
@@ -239,12 +241,12 @@ class _Walk:
     def _layers(self, site: _Site) -> None:
         """Quantize the linears of `site`: grid, refit, rounding, bias."""
         weights = {n: self._weight(n) for group in site.groups for n in group}
-        integer = [n for n in weights if not self._skipped(n)]
+        integer = [n for n in weights if not self.config.grid.is_skipped(f"{n}.weight")]
         weight_bits, activation_bits = PRECISION_BITS[self.config.grid.precision]
         if integer:
             stacked = torch.cat([weights[n] for n in integer]).numpy()
             rows = sample_rows(*self._sample(site), outputs=len(stacked))
-            asymmetric = site.name.rpartition(".")[2] in self.config.grid.asymmetric
+            asymmetric = self.config.grid.is_asymmetric(site.name)
             self.activations[site.name] = fit_grid(
                 rows, activation_bits, stacked, self.config.grid.search, asymmetric=asymmetric
             )
@@ -317,9 +319,6 @@ class _Walk:
 
     def _weight(self, name: str) -> Tensor:
         return self.module.get_parameter(f"{name}.weight").flatten(1)
-
-    def _skipped(self, name: str) -> bool:
-        return any(fnmatch.fnmatch(f"{name}.weight", pattern) for pattern in self.config.grid.skip)
 
     def _block(self, i: int, module: VisionTransformer | None = None) -> Block:
         block = (module or self.module).blocks[i]

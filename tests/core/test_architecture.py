@@ -20,7 +20,7 @@ RUNTIMES = {
 }
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
-FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "linalg", "result", "vit"}
+FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "kernels", "linalg", "result", "vit"}
 TOP = {"__main__", "cli", "cli_device", "console", "show"}
 ORCHESTRATION = {
     *(
@@ -39,6 +39,7 @@ ORCHESTRATION = {
         "output",
         "pipeline",
         "probe",
+        "quantizing",
         "recipe",
         "remote",
         "replies",

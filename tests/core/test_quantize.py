@@ -282,11 +282,9 @@ def test_simulate_equals_integer_reference(precision):
         assert np.abs(coarse - slow).max() > step  # negative control: other grids are told apart
 
 
-def test_only_integer_operators_get_a_zero_point():
-    def sites(qdq: str) -> tuple[str, ...]:
-        return for_target(Capabilities("tokens", 20, ("w8a8",), qdq=qdq), "w8a8").asymmetric  # type: ignore[arg-type]
-
-    assert (sites("integer_ops"), sites("linear_inputs")) == (("fc2",), ())
+@pytest.mark.parametrize(("free", "sites"), [(True, ("fc2", "patch")), (False, ())])
+def test_zero_points_only_where_the_target_takes_them(free, sites):
+    assert for_target(Capabilities("tokens", 20, ("w8a8",), zero_points=free), "w8a8").asymmetric == sites
 
 
 def test_quantize_follows_the_config():

@@ -1,0 +1,78 @@
+"""Kernels, not files: which multiply-adds a runtime executed in integers, and why the others were not. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compressor.roofline import Place, places, work
+from compressor.types import OpRecord, VitSpec
+
+__all__ = ["FloatPart", "int8_share"]
+
+PRODUCTS = ("MatMul", "Gemm", "Conv", "FullyConnected", "Attention")  # how the types of multiplying nodes begin or end
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """A part of the network whose products ran in float.
+
+    Attributes:
+        name: ``blocks.3.fc1``, ``patch``, ``head``; ``attention`` stands for both products of every block.
+        precision: the runtime executed.
+        mac_share: of the whole network.
+        reason: whose decision it was.
+    """
+
+    name: str
+    precision: str
+    mac_share: float
+    reason: str
+
+
+def int8_share(ops: Sequence[OpRecord], spec: VitSpec, kept_float: Collection[str] = ()) -> dict[str, Any]:
+    """``int8_mac_share`` (None without a table of nodes) and ``float_parts``, from what a runtime executed.
+
+    Args:
+        ops: the runtime's own table.
+        spec: of the model that ran.
+        kept_float: sites that our plan left in float, as ``blocks.3.fc1``.
+    """
+    nodes: dict[Place, list[OpRecord]] = {}
+    for op, place in zip(ops, places(ops), strict=True):
+        nodes.setdefault(place, []).append(op)
+    if not nodes:
+        return {"int8_mac_share": None, "float_parts": []}
+    macs = {place: sizes[0] for place, sizes in work(spec).items()}
+    total = sum(macs.values())
+    integer = 0.0
+    rest: dict[tuple[str, str, str], float] = {}
+    for place, amount in macs.items():
+        precisions = _multiplied(nodes.get(place, []))
+        share = precisions.count("int8") / len(precisions)
+        integer += share * amount
+        if share < 1:
+            name = _name(place)
+            key = (name, next(p for p in precisions if p != "int8"), _reason(name, place, kept_float))
+            rest[key] = rest.get(key, 0.0) + (1 - share) * amount
+    parts = [FloatPart(name, precision, amount / total, why) for (name, precision, why), amount in rest.items()]
+    return {"int8_mac_share": integer / total, "float_parts": [asdict(part) for part in parts]}
+
+
+def _multiplied(nodes: Sequence[OpRecord]) -> list[str]:
+    """Precisions of the products among the nodes of one part; of the longest node where a fused one hides them."""
+    products = [op for op in nodes if any(op.type.startswith(p) or op.type.endswith(p) for p in PRODUCTS)]
+    longest = sorted(nodes, key=lambda op: op.time_ms)[-1:]
+    return [op.precision for op in products or longest] or ["not seen"]
+
+
+def _name(place: Place) -> str:
+    block, part = place
+    return part if block is None or part == "attention" else f"blocks.{block}.{part}"
+
+
+def _reason(name: str, place: Place, kept_float: Collection[str]) -> str:
+    if place[1] == "attention":
+        return "the plan: products of two activations stay in float"
+    return "the plan: too sensitive" if name in kept_float else "the runtime chose a float kernel"

@@ -1,0 +1,145 @@
+"""The quantization stage of a run: integers that fit the target, kept in float where the answers would change too often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibration import data
+from compressor import checkpoint
+from compressor.cache import Cache, key
+from compressor.quantize import QuantizeConfig, simulate
+from compressor.quantize.importance import token_importance
+from compressor.quantize.refine import LayerReport, RefineConfig, Refined, refine
+from compressor.quantize.sensitivity import Sensitivity, sensitivity
+from compressor.stages import Progress, batches, model_digest
+from compressor.types import Array, Model, Precision, QParams, Quantization
+from compressor.vit import to_torch
+
+__all__ = ["Quantized", "Quantizer"]
+
+IMPORTANCE_IMAGES = 64  # a table of one number per token and layer needs no more
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A model on integer grids, what each site costs, and the sites that were therefore left in float."""
+
+    refined: Refined
+    agreement: float  # simulated, percent of calibration images with the class of the float model
+    sensitivity: tuple[Sensitivity, ...]
+    kept_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """One model's quantization, at any configuration.
+
+    Args:
+        model: the float model, pruned or not.
+        reference: the unpruned model; the refit also undoes what pruning left. Where blocks were dropped the two have no
+            layer in common to compare, and `model` is its own reference.
+        images: calibration images.
+        pixels: (n, C, h, w), some of them, on which agreement is counted.
+        cache: finished stages.
+        progress: called with (stage, done, total).
+    """
+
+    model: Model
+    reference: Model
+    images: data.ImageSet
+    pixels: Array
+    cache: Cache
+    progress: Progress
+
+    def quantize(self, config: QuantizeConfig, min_agreement: float) -> Quantized:
+        """`model` on the grids of `config`, with as many sites in float as it takes to keep `min_agreement` percent.
+
+        Sites return to float in order of divergence caused per multiply-add saved, in doubling numbers, until enough
+        classes stay or half of the sites are float; then the target decides whether it is worth anything.
+        """
+        refined = self.refine(config)
+        agreement = self.agreement(refined)
+        table = sensitivity(self.model, config, self.pixels)
+        ranked = [s.site for s in sorted(table, key=lambda s: s.divergence / s.macs, reverse=True)]
+        count = 1
+        while agreement < min_agreement and count <= len(ranked) // 2:
+            refined = self.refine(replace(config, skip=(*config.skip, *_weights(table, ranked[:count]))))
+            agreement = self.agreement(refined)
+            count *= 2
+        kept = tuple(sorted(ranked[: count // 2])) if count > 1 else ()
+        return Quantized(refined, agreement, table, kept)
+
+    def refine(self, config: QuantizeConfig) -> Refined:
+        """The sequential pass of `compressor.quantize.refine`, from the cache when it was finished before."""
+        model = self.model
+        goal = self.reference if len(self.reference.spec.blocks) == len(model.spec.blocks) else model
+        digests = {"model": model_digest(model), "reference": model_digest(goal), "images": self.images.digest()}
+        name = key("quantize", **digests, config={**asdict(config), "search": config.search.__name__})
+        stage = f"calibrate {config.precision}"
+
+        def make(folder: Path) -> None:
+            few = self.images.subset(range(min(IMPORTANCE_IMAGES, len(self.images))))
+            importance = token_importance(to_torch(goal), batches(few, model, self.progress, f"{stage}, importance"))
+            pixels = batches(self.images, model, self.progress, f"{stage}, images")
+            layers = partial(self.progress, f"{stage}, layers")
+            write(refine(model, pixels, RefineConfig(config), importance, goal, layers), folder)
+
+        folder, reused = self.cache.fetch(name, make)
+        if reused:
+            self.progress(f"{stage} (reused)", 1, 1)
+        return read(folder, config.precision)
+
+    def agreement(self, refined: Refined) -> float:
+        """Percent of `pixels` that get the float model's class in simulation."""
+        exact, coarse = to_torch(self.model), simulate(refined.model, refined.quantization)
+        same = 0
+        with torch.inference_mode():
+            for i in range(0, len(self.pixels), 32):
+                x = torch.from_numpy(self.pixels[i : i + 32])
+                same += int((exact(x).argmax(1) == coarse(x).argmax(1)).sum())
+        return 100 * same / len(self.pixels)
+
+
+def _weights(table: tuple[Sensitivity, ...], sites: list[str]) -> list[str]:
+    return [weight for s in table if s.site in sites for weight in s.weights]
+
+
+# --------------------------------------------------------------------------- files
+
+
+def write(refined: Refined, folder: Path) -> None:
+    """The model, its grids (scales as arrays, the rest as one JSON entry) and the report of every layer."""
+    checkpoint.save(refined.model, folder)
+    arrays: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    tables: Mapping[str, Mapping[str, QParams]] = {
+        "weights": refined.quantization.weights,
+        "activations": refined.quantization.activations,
+    }
+    for kind, table in tables.items():
+        for name, q in table.items():
+            arrays[f"{kind}/{name}"] = np.asarray(q.scale, np.float32)
+            facts[f"{kind}/{name}"] = [q.zero_point, q.bits, q.axis]
+    np.savez(folder / "quantization.npz", facts=np.array(json.dumps(facts)), **arrays)
+    (folder / "layers.json").write_text(json.dumps([asdict(layer) for layer in refined.layers]))
+
+
+def read(folder: Path, precision: Precision) -> Refined:
+    """What `write` wrote."""
+    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
+    with np.load(folder / "quantization.npz", allow_pickle=False) as stored:
+        for entry, (zero, bits, axis) in json.loads(str(stored["facts"])).items():
+            kind, _, name = entry.partition("/")
+            tables[kind][name] = QParams(stored[entry], zero, bits, axis)
+    layers = tuple(LayerReport(**layer) for layer in json.loads((folder / "layers.json").read_text()))
+    return Refined(
+        checkpoint.load(str(folder)), Quantization(tables["weights"], tables["activations"], precision), layers
+    )

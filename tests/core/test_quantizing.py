@@ -1,0 +1,104 @@
+"""The quantization stage: what it returns to float, what it reads back, and the sensitivity table it decides by."""
+
+import numpy as np
+import pytest
+import torch
+
+from calibration import data
+from compressor.cache import Cache
+from compressor.quantize import QuantizeConfig, simulate
+from compressor.quantize.grid import fake_quant, fake_quant_torch
+from compressor.quantize.plan import linears, weight_grid
+from compressor.quantize.ranges import fit_grid
+from compressor.quantize.sensitivity import sensitivity
+from compressor.quantizing import Quantizer
+from compressor.types import BlockSpec, Model, Preprocess, VitSpec
+from compressor.vit import build, to_torch
+
+SPEC = VitSpec((8, 8), (4, 4), 1, 12, (BlockSpec(2, 5, 6, 20), BlockSpec(3, 4, 4, 16, mlp="swiglu")), num_classes=5)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    weights = {n: 0.3 * torch.randn(p.shape).numpy() for n, p in build(SPEC).state_dict().items()}
+    weights |= {n: w + 1 for n, w in weights.items() if "norm" in n and n.endswith("weight")}
+    return Model(SPEC, weights, Preprocess((8, 8), mean=(0.5,), std=(0.3,), channels="L"))
+
+
+@pytest.fixture
+def quantizer(model, tmp_path) -> Quantizer:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    images = data.open_images(str(tmp_path / "images.npz"))
+    inputs = np.concatenate(list(data.batches(images, model.preprocess, 16)))
+    return Quantizer(model, model, images, inputs, Cache(tmp_path / "cache"), lambda stage, done, total: None)
+
+
+def inputs(model: Model, pixels: torch.Tensor, site: str) -> torch.Tensor:
+    """What the float network reads at `site`."""
+    seen = []
+
+    def tap(at: str, x: torch.Tensor) -> torch.Tensor:
+        if at == site:
+            seen.append(x)
+        return x
+
+    to_torch(model)(pixels, tap)
+    return seen[0]
+
+
+def test_nothing_returns_to_float_when_integers_agree(quantizer):
+    made = quantizer.quantize(QuantizeConfig("w8a8"), min_agreement=50)
+    assert made.kept_float == () and made.agreement >= 50
+    assert set(made.refined.quantization.weights) == set(linears(SPEC))
+
+
+def test_the_most_harmful_sites_return_to_float_until_the_classes_stay(quantizer):
+    config = QuantizeConfig("w4a4")
+    coarse = quantizer.quantize(config, min_agreement=0)
+    wanted = coarse.agreement + 4
+    made = quantizer.quantize(config, min_agreement=wanted)
+    assert coarse.kept_float == () and made.kept_float
+    assert made.agreement >= wanted or len(made.kept_float) >= len(made.sensitivity) // 4
+    ranked = sorted(made.sensitivity, key=lambda s: s.divergence / s.macs, reverse=True)
+    assert set(made.kept_float) == {s.site for s in ranked[: len(made.kept_float)]}
+    floats = {w for s in made.sensitivity if s.site in made.kept_float for w in s.weights}
+    assert set(made.refined.quantization.weights) == set(linears(SPEC)) - floats
+
+
+def test_a_finished_refinement_is_read_back_as_it_was_made(quantizer):
+    config = QuantizeConfig("w8a8", asymmetric=("fc2",))
+    first, again = quantizer.refine(config), quantizer.refine(config)
+    assert again.layers == first.layers and first.layers
+    x = torch.from_numpy(quantizer.pixels)
+    a, b = (simulate(r.model, r.quantization)(x) for r in (first, again))
+    assert torch.equal(a, b) and not torch.equal(a, to_torch(quantizer.model)(x))
+
+
+def test_sensitivity_is_the_divergence_of_one_site_alone(quantizer, model):
+    """Against the whole network run from the pixels, with that site rounded and nothing kept from before."""
+    config = QuantizeConfig("w4a8")
+    table = sensitivity(model, config, quantizer.pixels)
+    assert [s.site for s in table] == list(dict.fromkeys(linears(SPEC).values()))
+    assert sum(s.macs for s in table) < SPEC.macs() * 1.2
+    x = torch.from_numpy(quantizer.pixels)
+    for row in (table[0], table[1], table[-1]):
+        rows = inputs(model, x, row.site)
+        if row.site == "patch":
+            rows = torch.nn.functional.unfold(rows, 4, stride=4).transpose(1, 2)
+        stacked = np.concatenate([model.weights[n].reshape(len(model.weights[n]), -1) for n in row.weights])
+        grid = fit_grid(rows.flatten(0, -2).numpy(), 8, stacked, config.search, asymmetric=False)
+        rounded = {n: fake_quant(model.weights[n], weight_grid(model.weights[n], 4)) for n in row.weights}
+        module = to_torch(model.with_weights(SPEC, rounded))
+        logits = module(x, lambda at, y, site=row.site, g=grid: fake_quant_torch(y, g) if at == site else y)
+        p, q = (y.double().log_softmax(1) for y in (to_torch(model)(x), logits))
+        assert row.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+        assert row.divergence > 0
+
+
+def test_more_bits_are_less_sensitive_and_the_model_is_left_alone(quantizer, model):
+    before = {n: w.copy() for n, w in model.weights.items()}
+    coarse, fine = (sensitivity(model, QuantizeConfig(p), quantizer.pixels) for p in ("w4a8", "w8a16"))
+    assert all(a.divergence > b.divergence for a, b in zip(coarse, fine, strict=True))
+    assert all(np.array_equal(model.weights[n], w) for n, w in before.items())
