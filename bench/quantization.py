@@ -1,12 +1,16 @@
 """Accuracy after quantization: ours, stage by stage, beside ONNX Runtime's quantize_static and NNCF, on one trained model.
 
     python bench/quantization.py [MODEL] [--data D] [--eval E] [--images 500] [--rows ours ort nncf]
-        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--json FILE]
+        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--rounds 100] [--markdown FILE] [--json FILE]
 
 Every contestant gets the same float network and the same calibration images. Theirs start from our float ONNX graph, which
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
 the ONNX graphs to one quantization step. Each row is a process of its own, so that peak memory is its own; time is that of
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
+"+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
+
+Latency is measured last, in one process, one thread and batch 1: every file that a runtime can open takes its turn in a new
+order every round. The best of wall times is shown: it is what the code costs when nothing disturbs it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +32,10 @@ import numpy as np
 import onnx_ir
 import torch
 
+import targets
 from calibration import data
 from calibration.observe import ObservePlan, observe
+from calibration.select import Selector, coarse_to_fine, features, random
 from compressor import checkpoint
 from compressor.intervals import proportion_interval
 from compressor.lower import lower
@@ -37,12 +44,23 @@ from compressor.quantize.importance import token_importance
 from compressor.quantize.refine import RefineConfig, refine
 from compressor.quantize.rounding import nearest, second_order
 from compressor.quantize.search import Found, Objective
-from compressor.types import Array, Capabilities, Model, Precision
+from compressor.types import Array, BuildOptions, Capabilities, Model, Precision, Quantization
 from compressor.vit import to_torch
 
 PLAIN = Capabilities(layout="tokens", opset=20, precisions=("fp32",))
 Predict = Callable[[Array], Array]
-STAGES = ("min-max", "search", "+ zero point", "+ bias", "+ rounding", "+ compensation", "+ token weights")
+STAGES = (
+    "min-max",
+    "search",
+    "+ zero point",
+    "+ bias",
+    "+ rounding",
+    "+ compensation",
+    "+ token weights",
+    "128 random",
+    "+ selection",
+)
+FEW = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +77,14 @@ class Task:
         return [self.calibration[i : i + size] for i in range(0, len(self.calibration), size)]
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a contestant hands in: logits of pixels, and the files it would ship, by runtime."""
+
+    predict: Predict
+    files: dict[str, Path]
+
+
 def minmax(objective: Objective, scale: Array) -> Found:
     return Found(scale, objective(scale), 1)
 
@@ -66,18 +92,32 @@ def minmax(objective: Objective, scale: Array) -> Found:
 # --------------------------------------------------------------------------- contestants
 
 
-def ours(task: Task, precision: Precision, stage: str) -> Predict:
-    asymmetric = () if stage in ("min-max", "search") else ("fc2",)
-    grid = QuantizeConfig(precision, asymmetric=asymmetric)
+def ours(task: Task, folder: Path, precision: Precision, stage: str) -> Made:
+    grid = QuantizeConfig(precision, asymmetric=() if stage in ("min-max", "search") else ("fc2", "patch"))
     if stage in STAGES[:3]:
         stats = observe(to_torch(task.model), task.batches(), ObservePlan(moments=(), pair_energy=False))
         found = QuantizeConfig(precision, search=minmax) if stage == "min-max" else grid
-        return torch_predict(simulate(task.model, quantize(task.model, stats, found)))
-    weights = token_importance(to_torch(task.model), task.batches()[:2]) if stage == "+ token weights" else {}
+        return hand_in(task.model, quantize(task.model, stats, found), folder)
+    if stage in STAGES[7:]:
+        task = replace(task, calibration=few(task, coarse_to_fine if stage == "+ selection" else random))
+    weights = token_importance(to_torch(task.model), task.batches()[:2]) if stage in STAGES[6:] else {}
     dampings = RefineConfig().dampings if stage in STAGES[5:] else ()
     config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order)
     result = refine(task.model, task.batches(), config, weights)
-    return torch_predict(simulate(result.model, result.quantization))
+    return hand_in(result.model, result.quantization, folder)
+
+
+def few(task: Task, selector: Selector) -> Array:
+    known = features(to_torch(task.model), task.batches())
+    return task.calibration[selector(known, min(FEW, len(known)), np.random.default_rng(0))]
+
+
+def hand_in(model: Model, plan: Quantization, folder: Path) -> Made:
+    files = {}
+    for name in ("ort", "openvino"):
+        target = targets.get(name)
+        files[name] = target.build(lower(model, target.CAPABILITIES, plan), BuildOptions(folder / name, "w8a8")).path
+    return Made(torch_predict(simulate(model, plan)), files)
 
 
 def torch_predict(forward: Callable[[torch.Tensor], torch.Tensor]) -> Predict:
@@ -94,7 +134,7 @@ def float_file(task: Task, folder: Path) -> str:
     return str(path)
 
 
-def ort_static(task: Task, folder: Path, method: str, *, per_channel: bool) -> Predict:
+def ort_static(task: Task, folder: Path, method: str, *, per_channel: bool) -> Made:
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
 
@@ -114,10 +154,10 @@ def ort_static(task: Task, folder: Path, method: str, *, per_channel: bool) -> P
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(target, options)
-    return lambda pixels: np.asarray(session.run(None, {name: pixels})[0])
+    return Made(lambda pixels: np.asarray(session.run(None, {name: pixels})[0]), {"ort": Path(target)})
 
 
-def nncf_transformer(task: Task, folder: Path) -> Predict:
+def nncf_transformer(task: Task, folder: Path) -> Made:
     import nncf
     import openvino
 
@@ -130,16 +170,17 @@ def nncf_transformer(task: Task, folder: Path) -> Predict:
     )
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
     compiled = openvino.Core().compile_model(found, "CPU", config)
-    return lambda pixels: np.asarray(compiled(pixels)[0])
+    openvino.save_model(found, folder / "nncf.xml", compress_to_fp16=False)
+    return Made(lambda pixels: np.asarray(compiled(pixels)[0]), {"openvino": folder / "nncf.xml"})
 
 
 # --------------------------------------------------------------------------- rows
 
 
 def rows(
-    task: Task, folder: Path, wanted: Iterable[str], precisions: Iterable[Precision], stages: Iterable[str]
-) -> dict[tuple[str, str], Callable[[], Predict]]:
-    table: dict[tuple[str, str], Callable[[], Predict]] = {}
+    task: Task, wanted: Iterable[str], precisions: Iterable[Precision], stages: Iterable[str]
+) -> dict[tuple[str, str], Callable[[Path], Made]]:
+    table: dict[tuple[str, str], Callable[[Path], Made]] = {}
     if "ort" in wanted:
         for label, method, channel in (
             ("quantize_static, default", "MinMax", False),
@@ -147,23 +188,27 @@ def rows(
             ("quantize_static, percentile", "Percentile", True),
             ("quantize_static, entropy", "Entropy", True),
         ):
-            table["w8a8", f"ORT {label}"] = lambda m=method, c=channel: ort_static(task, folder, m, per_channel=c)
+            table["w8a8", f"ORT {label}"] = partial(ort_static, task, method=method, per_channel=channel)
     if "nncf" in wanted:
-        table["w8a8", "NNCF TRANSFORMER"] = lambda: nncf_transformer(task, folder)
+        table["w8a8", "NNCF TRANSFORMER"] = partial(nncf_transformer, task)
     if "ours" in wanted:
         for precision in precisions:
             for stage in stages:
-                table[precision, f"ours {stage}"] = lambda p=precision, s=stage: ours(task, p, s)
+                table[precision, f"ours {stage}"] = partial(ours, task, precision=precision, stage=stage)
     return table
 
 
-def measure(task: Task, make: Callable[[], Predict]) -> dict[str, Any]:
+def measure(task: Task, make: Callable[[Path], Made], folder: Path) -> dict[str, Any]:
+    folder.mkdir()
     start = time.perf_counter(), time.process_time()
-    predict = make()
+    made = make(folder)
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    logits = np.concatenate([predict(task.evaluation[i : i + 50]) for i in range(0, len(task.evaluation), 50)])
-    return {**score(logits, task), "calibration_s": wall, "calibration_cpu_s": cpu, "peak_mb": peak}
+    pixels = task.evaluation
+    logits = np.concatenate([made.predict(pixels[i : i + 50]) for i in range(0, len(pixels), 50)])
+    size = sum(f.stat().st_size for f in next(iter(made.files.values())).parent.iterdir() if "float" not in f.name)
+    cost = {"calibration_s": wall, "calibration_cpu_s": cpu, "peak_mb": peak, "size_mb": size / 1e6}
+    return {**score(logits, task), **cost, "files": {runtime: str(path) for runtime, path in made.files.items()}}
 
 
 def score(logits: Array, task: Task) -> dict[str, Any]:
@@ -183,11 +228,67 @@ def score(logits: Array, task: Task) -> dict[str, Any]:
     return found
 
 
-def child(task: Task, make: Callable[[], Predict], pipe: Any) -> None:
+def child(task: Task, make: Callable[[Path], Made], folder: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe.send(measure(task, make))
+        pipe.send(measure(task, make, folder))
+
+
+def in_a_process(task: Task, make: Callable[[Path], Made], folder: Path) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(task, make, folder, send))
+    process.start()
+    send.close()
+    try:
+        found: dict[str, Any] = receive.recv()
+    except EOFError:
+        found = {"failed": True}
+    process.join()
+    return found
+
+
+# --------------------------------------------------------------------------- latency
+
+
+def ort_session(path: str) -> Callable[[Array], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pixels: session.run(None, {name: pixels})
+
+
+def openvino_session(path: str) -> Callable[[Array], Any]:
+    """With OpenVINO's own default between the integers, which is bf16 where the processor has it."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape([1, *[d.get_length() for d in model.inputs[0].get_partial_shape()[1:]]])
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": "1"}
+    request = core.compile_model(model, "CPU", config).create_infer_request()
+    return lambda pixels: request.infer({0: pixels}, share_inputs=True)
+
+
+def race(results: list[dict[str, Any]], pixels: Array, rounds: int) -> None:
+    """Adds ``ort_ms`` and ``openvino_ms``, the best of `rounds`, to every result that has such a file."""
+    openers = {"ort": ort_session, "openvino": openvino_session}
+    entries = [(row, runtime, openers[runtime](path)) for row in results for runtime, path in row["files"].items()]
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for i in order.permutation(len(entries)):
+            row, runtime, session = entries[i]
+            start = time.perf_counter()
+            session(pixels)
+            took = 1e3 * (time.perf_counter() - start)
+            row[f"{runtime}_ms"] = min(took, row.get(f"{runtime}_ms", took))
+
+
+# --------------------------------------------------------------------------- the table
 
 
 def main() -> None:
@@ -199,7 +300,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=("ours", "ort", "nncf"), default=("ours", "ort", "nncf"))
     parser.add_argument("--precisions", nargs="+", default=("w8a8", "w6a6", "w4a8"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=100, help="of the latency race; 0 leaves it out")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = checkpoint.load(args.model)
@@ -211,37 +314,44 @@ def main() -> None:
     predict = torch_predict(to_torch(model))
     reference = np.concatenate([predict(held_out[i : i + 50]) for i in range(0, len(held_out), 50)])
     task, results = Task(model, pixels, held_out, labels, reference), []
-    print(f"float: {score(reference, task)}", flush=True)
-    print("| bits | method | top-1 (95 %) | agreement | flips | KL | calibration s (cpu) | peak MB |", flush=True)
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        table = rows(task, Path(folder), args.rows, args.precisions, args.stages)
-        for (precision, name), make in table.items():
-            context = multiprocessing.get_context("fork")
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=child, args=(task, make, send))
-            process.start()
-            send.close()
-            try:
-                found = receive.recv()
-            except EOFError:
-                found = None
-            process.join()
-            results.append({"precision": precision, "method": name, **(found or {"failed": True})})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        table = rows(task, args.rows, args.precisions, args.stages)
+        for number, ((precision, name), make) in enumerate(table.items()):
+            found = in_a_process(task, make, folder / str(number))
+            results.append({"precision": precision, "method": name, **found})
             print(line(results[-1]), flush=True)
-            if args.json is not None:
-                args.json.write_text(json.dumps(results, indent=1))
+        raced = [r for r in results if "failed" not in r and r["precision"] == "w8a8"]
+        if args.rounds and raced:
+            race(raced, pixels[:1], args.rounds)
+    for row in results:
+        row.pop("files", None)
+    exact = score(reference, task)
+    head = f"float: top-1 {exact.get('top1', float('nan')):.2f}; {len(held_out)} images, {len(pixels)} for calibration"
+    text = "\n".join([head, "", *HEADER, *map(line, results)])
+    print(f"\n{text}")
+    if args.markdown is not None:
+        args.markdown.write_text(text + "\n", encoding="utf-8")
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+HEADER = (
+    "| bits | method | top-1 (95 %) | agreement | flips | KL | calibration s (cpu) | peak MB | size MB | ORT ms | OpenVINO ms |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
 
 
 def line(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"| {row['precision']} | {row['method']} | failed | | | | | |"
+        return f"| {row['precision']} | {row['method']} | failed |" + " |" * 8
     low, high = row.get("top1_ci95", (0, 0))
     accuracy = f"{row['top1']:.2f} ({low:.2f}-{high:.2f})" if "top1" in row else "-"
-    cost = f"{row['calibration_s']:.1f} ({row['calibration_cpu_s']:.1f}) | {row['peak_mb']:.0f}"
+    cost = f"{row['calibration_s']:.1f} ({row['calibration_cpu_s']:.1f}) | {row['peak_mb']:.0f} | {row['size_mb']:.2f}"
+    times = " | ".join(f"{row[k]:.2f}" if k in row else "" for k in ("ort_ms", "openvino_ms"))
     return (
         f"| {row['precision']} | {row['method']} | {accuracy} | {row['agreement']:.2f} | {row['flips']} "
-        f"| {row['kl']:.2e} | {cost} |"
+        f"| {row['kl']:.2e} | {cost} | {times} |"
     )
 
 

@@ -125,6 +125,12 @@ def compress(
         typer.Option(help="Percent of classes integers must keep; else layers stay in float (default 98)."),
     ] = None,
     calib_size: Annotated[int | None, typer.Option(help="Calibration images used, at most (default 512).")] = None,
+    select: Annotated[
+        str | None, typer.Option(help="How they are picked: random (default), k_centre or coarse_to_fine.")
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Pick images like those behind this file of `vitrim fingerprint`.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
     arch: Arch = None,
     image_size: ImageSize = None,
@@ -158,6 +164,29 @@ def compress(
         result = run(plan, folder, cache, console.progress)
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
     return Result(result, show.compressed(result))
+
+
+@command(app, "fingerprint", "vitrim fingerprint photos/ --model my_model/ --out device.json")
+def fingerprint(
+    console: Console,
+    images: Annotated[str, typer.Argument(metavar="DIR", help="The device's images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
+    arch: Arch = None,
+    components: Annotated[int, typer.Option(min=1, help="Gaussians of the mixture.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the fit.")] = 0,
+) -> Result:
+    """Describe a device's images by a Gaussian mixture, for `compress --match`: no image leaves the device."""
+    from calibration.fingerprint import write_fingerprint
+    from compressor import checkpoint
+    from compressor.stages import fingerprint_images
+
+    found = fingerprint_images(images, checkpoint.load(model, arch=arch), components, seed, console.progress)
+    write_fingerprint(found, out)
+    facts = {"fingerprint": str(out), "images": found.images, "components": components, "model": found.model}
+    return Result(
+        facts, [f"Wrote {out}: {components} Gaussians over {found.images} images, no image and no feature of one"]
+    )
 
 
 @command(

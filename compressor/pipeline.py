@@ -120,7 +120,7 @@ def _limit_threads(threads: int) -> None:
 def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watch: Stopwatch) -> Run:
     with watch("load"):
         reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
-        images = load_images(recipe, reference)
+        images = load_images(recipe, reference, progress)
     with watch("prune"):
         model, blocks = prune_stage(reference, images.calibration, recipe, cache, progress)
     subset = images.calibration.subset(range(min(PARITY_IMAGES, len(images.calibration))))

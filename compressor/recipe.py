@@ -14,7 +14,12 @@ __all__ = ["Recipe", "from_yaml", "override", "to_dict"]
 
 RATIOS = ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio")
 INTEGERS = {"calib_size": 1, "threads": 1, "seed": 0, "image_size": 1, "drop_blocks": 0}  # and the least allowed
-PRECISIONS = (*get_args(Precision), "auto")
+CHOICES = {
+    "pruner": ("corp", "obs"),
+    "precision": (*get_args(Precision), "auto"),
+    "quantizer": ("vitrim", "nncf"),
+    "select": ("random", "k_centre", "coarse_to_fine"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Recipe:
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     min_agreement: float = 98.0
     calib_size: int = 512
+    select: Literal["random", "k_centre", "coarse_to_fine"] = "random"
+    match: str | None = None
     seed: int = 0
     threads: int = 1
 
@@ -59,7 +66,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
-        for name, known in (("pruner", ("corp", "obs")), ("precision", PRECISIONS), ("quantizer", ("vitrim", "nncf"))):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
         if self.pruner == "corp" and self.vo_ratio > 0:

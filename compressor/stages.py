@@ -14,7 +14,9 @@ import numpy as np
 
 import targets
 from calibration import data
+from calibration.fingerprint import Fingerprint, fingerprint, matched, read_fingerprint
 from calibration.observe import ObservePlan, observe
+from calibration.select import Selector, coarse_to_fine, features, k_centre, random
 from compressor import checkpoint
 from compressor.cache import Cache, key
 from compressor.errors import DataError
@@ -23,10 +25,21 @@ from compressor.recipe import Recipe
 from compressor.types import Array, Model, Statistics
 from compressor.vit import VisionTransformer, to_torch
 
-__all__ = ["Images", "Progress", "batches", "load_images", "model_digest", "prune_stage", "torch_logits"]
+__all__ = [
+    "Images",
+    "Progress",
+    "batches",
+    "fingerprint_images",
+    "load_images",
+    "model_digest",
+    "prune_stage",
+    "torch_logits",
+]
 
 Progress = Callable[[str, int, int], None]
 BATCH = 16
+POOL = 8  # images a selector sees for each one it picks
+SELECTORS: dict[str, Selector] = {"random": random, "k_centre": k_centre, "coarse_to_fine": coarse_to_fine}
 
 
 @dataclass(frozen=True)
@@ -38,13 +51,14 @@ class Images:
     labels: Array | None
 
 
-def load_images(recipe: Recipe, model: Model) -> Images:
+def load_images(recipe: Recipe, model: Model, progress: Progress) -> Images:
     """The image sets a recipe names; ``demo`` data brings its own evaluation set.
 
     Raises:
-        DataError: no images, labels that do not fit the model, or images used for both calibration and evaluation.
+        DataError: no images, labels that do not fit the model, images used for both calibration and evaluation, or a
+            fingerprint of another model.
     """
-    calibration = data.open_images(recipe.data, limit=recipe.calib_size, seed=recipe.seed)
+    calibration = select_images(recipe, model, progress)
     source = recipe.eval or ("demo:eval" if recipe.data == "demo" else None)
     if source is None:
         return Images(calibration, None, None)
@@ -59,6 +73,30 @@ def load_images(recipe: Recipe, model: Model) -> Images:
         data.match_labels(evaluation, model.labels, model.spec.num_classes) if evaluation.labels is not None else None
     )
     return Images(calibration, evaluation, labels)
+
+
+def select_images(recipe: Recipe, model: Model, progress: Progress) -> data.ImageSet:
+    """The calibration images: any, or the ones that the recipe's selector picks from a pool `POOL` times as large."""
+    if recipe.select == "random" and recipe.match is None:
+        return data.open_images(recipe.data, limit=recipe.calib_size, seed=recipe.seed)
+    selector = SELECTORS[recipe.select]
+    if recipe.match is not None:
+        selector = matched(read_fingerprint(Path(recipe.match), model_digest(model)))
+    pool = data.open_images(recipe.data, limit=POOL * recipe.calib_size, seed=recipe.seed)
+    known = features(to_torch(model), batches(pool, model, progress, "select images"))
+    count = min(recipe.calib_size, len(pool))
+    return pool.subset(selector(known, count, np.random.default_rng(recipe.seed)).tolist())
+
+
+def fingerprint_images(source: str, model: Model, components: int, seed: int, progress: Progress) -> Fingerprint:
+    """What a device tells about the images in `source`: the mixture that describes their embeddings, no image and no feature.
+
+    Raises:
+        DataError: no images.
+        ConfigError: more components than images.
+    """
+    known = features(to_torch(model), batches(data.open_images(source), model, progress, "fingerprint"))
+    return fingerprint(known, model_digest(model), components, np.random.default_rng(seed))
 
 
 def model_digest(model: Model) -> str:
