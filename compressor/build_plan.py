@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from compressor.quantize.refine import Refined
 
-__all__ = ["build_bundle", "is_planned", "make_plan", "planner"]
+__all__ = ["build_bundle", "built", "is_planned", "make_plan", "planner"]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -137,8 +137,14 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
         found = _account(name, kept, candidates, reason)
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)
-    lines = [f"{goal}: {name} {kept.artifact.precision}, {kept.p50:.3g} ms", f"  {reason}"]
-    return Result({"bundle": str(goal), **found}, lines)
+    return built(goal, found)
+
+
+def built(goal: Path, found: Mapping[str, Any]) -> Result:
+    """What ``vitrim build`` answers about the completed bundle at `goal`."""
+    ms = found["latency_ms"]["p50"]
+    lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms", f"  {found['reason']}"]
+    return Result({**found, "bundle": str(goal)}, lines)
 
 
 def _single(planned: Artifact, file: Path) -> Artifact:

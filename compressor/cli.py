@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from compressor import console
+from compressor import cli_device, cli_pages, console
 from compressor.console import Console, command
 from compressor.result import Result
 
@@ -22,6 +22,9 @@ app = typer.Typer(
     help="A trained Vision Transformer in; the smallest, fastest, proven model for one edge device out.",
     epilog="\b\nFirst steps:\n  vitrim compress demo --mlp-ratio 0.5 --qk-ratio 0.5 --out b\n  vitrim verify b",
 )
+
+app.add_typer(cli_pages.app)
+app.add_typer(cli_device.app)
 
 MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -35,6 +38,7 @@ Target = Annotated[
     str | None, typer.Option(help="Target to run on; default: the bundle's first one available, or ort.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+On = Annotated[str, typer.Option(help="Where to run: local, ssh://user@host[:port], adb://SERIAL, or a named device.")]
 
 
 class Pruner(StrEnum):
@@ -186,7 +190,13 @@ def fingerprint(
     )
 
 
-@command(app, "profile", "vitrim profile b --target openvino --per-op", "vitrim profile demo --threads 2 --json")
+@command(
+    app,
+    "profile",
+    "vitrim profile b --target openvino --per-op",
+    "vitrim profile demo --threads 2 --json",
+    "vitrim profile b --device ssh://pi@192.168.1.20 --json",
+)
 def profile(
     console: Console,
     source: Either,
@@ -196,12 +206,20 @@ def profile(
     streams: Annotated[int, typer.Option(min=0, help="Also measure the throughput of this many sessions at once.")] = 0,
     per_op: Annotated[bool, typer.Option("--per-op", help="Add the runtime's own table of operations.")] = False,
     arch: Arch = None,
+    device: On = "local",
 ) -> Result:
     """Measure the latency distribution of a bundle or model on a target."""
     from compressor import show
     from compressor.inference import Source, profile_source
+    from compressor.inventory import default_file, resolve
 
-    data = profile_source(Source(source, target, threads, arch), batch=batch, per_op=per_op, streams=streams)
+    asked, where = Source(source, target, threads, arch), resolve(device, default_file())
+    if where is None:
+        data = profile_source(asked, batch=batch, per_op=per_op, streams=streams)
+    else:
+        from compressor.remote import profile_on
+
+        data = profile_on(where, asked, console.note, batch=batch, per_op=per_op, streams=streams)
     return Result(data, show.profile(data))
 
 
@@ -300,11 +318,17 @@ def run_images(
 
 
 @command(app, "verify", "vitrim verify b", "vitrim verify b.zip --target ort --json")
-def verify(console: Console, bundle: BundlePath, target: Target = None) -> Result:
+def verify(console: Console, bundle: BundlePath, target: Target = None, device: On = "local") -> Result:
     """Check a bundle: hashes, then golden inputs through every available target against the recorded outputs."""
     from compressor.inference import verify_bundle
+    from compressor.inventory import default_file, resolve
 
-    return verify_bundle(bundle, target)
+    where = resolve(device, default_file())
+    if where is None:
+        return verify_bundle(bundle, target)
+    from compressor.remote import verify_on
+
+    return verify_on(where, bundle, target, console.note)
 
 
 @command(app, "build", "vitrim build b --target tensorrt", "vitrim build b --target tensorrt-rtx --out ready --json")
@@ -314,24 +338,18 @@ def build(
     target: Annotated[str, typer.Option(help="Target whose build plan is completed.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Completed bundle (default: in place).")] = None,
     threads: Threads = 1,
+    device: On = "local",
 ) -> Result:
     """Complete a bundle's build plan on the device: make the engines, prove and race them, seal the fastest."""
     from compressor.build_plan import build_bundle
+    from compressor.inventory import default_file, resolve
 
-    return build_bundle(bundle, target, out, threads=threads)
+    where = resolve(device, default_file())
+    if where is None:
+        return build_bundle(bundle, target, out, threads=threads)
+    from compressor.remote import build_on
 
-
-@command(app, "report", "vitrim report b --out report.html")
-def report(
-    console: Console,
-    bundle: BundlePath,
-    out: Annotated[Path | None, typer.Option(help="Where to write the page (default: next to the bundle).")] = None,
-) -> Result:
-    """Write the bundle's report as one HTML page that needs no network."""
-    from compressor.inference import write_report
-
-    path = write_report(bundle, out)
-    return Result({"report": str(path)}, [f"Wrote {path}"])
+    return build_on(where, bundle, target, out, console.note, threads=threads)
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def publish(
         markdown.write_text(output.markdown(result, str(candidate), str(baseline)), encoding="utf-8")
     if history is not None:
         append(history, data)
-        data["history"] = trend(history, str(result.device.get("id")))
+        data["history"] = trend(history, data)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(output.github(result)), file=sys.stderr)
     return data
@@ -101,7 +101,8 @@ def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptio
         facts = {name: _facts(bundle, target, sides[name], options) for name, bundle in bundles.items()}
         findings = check(facts["baseline"], facts["candidate"], options.rules)
     ratios = [[pair.ratio for pair in run] for run in fought.runs]
-    return GateResult(fought.verdict, fingerprint(), findings, fought.p50_ms(), ratios, fought.seconds)
+    setting = _setting(target, options)
+    return GateResult(fought.verdict, fingerprint(), findings, fought.p50_ms(), ratios, fought.seconds, setting)
 
 
 def gate_stored(candidate: str | Path, stored: str | Path, options: GateOptions) -> GateResult:
@@ -128,7 +129,7 @@ def gate_stored(candidate: str | Path, stored: str | Path, options: GateOptions)
         )
     verdict = conclude_stored(before, now, options.gate)
     medians = {"candidate": now.latency_ms()["p50"], "baseline": before.latency_ms()["p50"]}
-    return GateResult(verdict, now.device, (), medians)
+    return GateResult(verdict, now.device, (), medians, setting=_setting(target, options))
 
 
 def _contender(bundle: Bundle, target: str, options: GateOptions) -> Contender:
@@ -136,6 +137,10 @@ def _contender(bundle: Bundle, target: str, options: GateOptions) -> Contender:
     return Contender(
         {"path": str(bundle.root.resolve()), "target": target, "threads": options.threads, "batch": options.batch}
     )
+
+
+def _setting(target: str, options: GateOptions) -> dict[str, Any]:
+    return {"target": target, "threads": options.threads, "batch": options.batch}
 
 
 def _facts(bundle: Bundle, target: str, contender: Contender, options: GateOptions) -> Facts:

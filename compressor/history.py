@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 
 from compressor.errors import DataError
 
-__all__ = ["append", "change_points", "read", "trend"]
+__all__ = ["append", "change_points", "levels", "read", "series", "trend"]
 
+Setting = tuple[str, ...]  # device id, target, threads, batch
 FILE = "history.jsonl"
 SHORTEST = 3  # values in a level: one bad day is not a new level
 LONGEST = 300  # most recent values looked at: about a second
@@ -59,11 +60,44 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def trend(folder: Path, device: str) -> dict[str, Any]:
-    """``p50_ms`` of the candidate in every entry measured on `device`, oldest first, and the ``change_points`` in it."""
-    same = [entry for entry in read(folder) if entry.get("device", {}).get("id") == device]
-    values = [float(entry["latency_ms"]["candidate"]) for entry in same if "candidate" in entry.get("latency_ms", {})]
+def series(entries: Iterable[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
+    """Entries that may be laid on one line, oldest first: same device, target, threads and batch; those without a
+    latency are left out."""
+    found: dict[Setting, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        if _latency(entry) is not None:
+            found.setdefault(_setting(entry), []).append(entry)
+    return found
+
+
+def trend(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """``p50_ms`` of the candidate in every entry measured like `like`, oldest first, and the ``change_points`` in it.
+
+    Args:
+        folder: of the history.
+        like: an entry; device, target, threads and batch decide.
+    """
+    return levels(series(read(folder)).get(_setting(like), []))
+
+
+def levels(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``p50_ms`` of the candidate in every one of a series' entries, and the ``change_points`` in it."""
+    values = [value for entry in entries if (value := _latency(entry)) is not None]
     return {"p50_ms": values, "change_points": change_points(values)}
+
+
+def _setting(entry: Mapping[str, Any]) -> Setting:
+    device = entry.get("device")
+    name = device.get("id") if isinstance(device, Mapping) else None
+    return tuple(str(value) for value in (name, *(entry.get(key) for key in ("target", "threads", "batch"))))
+
+
+def _latency(entry: Mapping[str, Any]) -> float | None:
+    """The candidate's positive median, None where the entry has none."""
+    medians = entry.get("latency_ms")
+    value = medians.get("candidate") if isinstance(medians, Mapping) else None
+    number = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return float(value) if number and value is not None else None
 
 
 def change_points(values: Sequence[float]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,17 +13,28 @@ import numpy as np
 
 import targets
 from calibration import data
-from compressor import peaks
+from compressor import history, peaks
 from compressor.bundle import Bundle
 from compressor.duel import Contender, profile_fresh
-from compressor.errors import BundleError, ConfigError
+from compressor.errors import BundleError, ConfigError, DataError
+from compressor.output import write_text
 from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
 from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
 from compressor.verify import accuracy
 
-__all__ = ["Source", "evaluate_source", "is_bundle", "profile_source", "verify_bundle", "write_report"]
+__all__ = [
+    "Source",
+    "evaluate_source",
+    "is_bundle",
+    "open_to_verify",
+    "profile_source",
+    "verified",
+    "verify_bundle",
+    "write_history",
+    "write_report",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -168,41 +179,45 @@ def _reference(
 
 def verify_bundle(path: Path, target: str | None) -> Result:
     """Hashes (checked on opening), then each target's golden outputs; exit code 1 when any check fails."""
+    bundle = open_to_verify(path)
+    checks = [_check(bundle, name) for name in ([target] if target else bundle.manifest.targets)]
+    return verified(path, len(bundle.manifest.files), checks)
+
+
+def open_to_verify(path: Path) -> Bundle:
+    """The bundle at `path`; one that fails its own hashes is a failed verification (exit code 1), not a usage error."""
     if not path.exists():
         raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
     try:
-        bundle = Bundle.open(path)
+        return Bundle.open(path)
     except BundleError as error:
-        error.exit_code = 1  # a bundle that fails its own hashes is a failed verification, not a usage error
+        error.exit_code = 1
         raise
-    names = [target] if target else list(bundle.manifest.targets)
-    checks: list[dict[str, Any]] = []
-    lines = [f"{path}: {len(bundle.manifest.files)} files match their hashes"]
-    for name in names:
-        if bundle.artifact(name).settings.get("stage") == "plan":
-            checks.append({"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build"})
-            lines.append(
-                f"  {name}: a build plan; complete it on the device with `vitrim build {path} --target {name}`"
-            )
+
+
+def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Result:
+    """What ``vitrim verify`` answers: passed when a target ran and none failed; exit code 3 when none could run here."""
+    lines = [f"{path}: {files} files match their hashes"]
+    for check in checks:
+        if check["passed"] is None:
+            lines.append(f"  {check['target']}: not run: {check['skipped']}")
             continue
-        state = targets.get(name).available()
-        if not (state.available and state.runs):
-            checks.append({"target": name, "passed": None, "skipped": state.reason})
-            lines.append(f"  {name}: not run here: {state.reason}")
-            continue
-        check = bundle.check(name)
-        checks.append(check)
         verdict = "pass" if check["passed"] else "FAIL"
-        lines.append(f"  {name}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})")
+        lines.append(
+            f"  {check['target']}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})"
+        )
     failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
-    found = {
-        "bundle": str(path),
-        "passed": ran and not failed,
-        "files": len(bundle.manifest.files),
-        "signature": None,
-        "targets": checks,
-    }
-    return Result(found, lines, 1 if failed else 0 if ran else 3)
+    found = {"bundle": str(path), "passed": ran and not failed, "files": files, "signature": None}
+    return Result({**found, "targets": [dict(c) for c in checks]}, lines, 1 if failed else 0 if ran else 3)
+
+
+def _check(bundle: Bundle, name: str) -> dict[str, Any]:
+    if bundle.artifact(name).settings.get("stage") == "plan":
+        return {"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build, on the device"}
+    state = targets.get(name).available()
+    if not (state.available and state.runs):
+        return {"target": name, "passed": None, "skipped": state.reason}
+    return bundle.check(name)
 
 
 def write_report(path: Path, out: Path | None) -> Path:
@@ -215,12 +230,31 @@ def write_report(path: Path, out: Path | None) -> Path:
     source = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
         raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
-    page = out or path.absolute().with_suffix(".html")
-    text = render(json.loads(source.read_text(encoding="utf-8")))
-    partial = page.with_name(f".{page.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(page)
-    finally:
-        partial.unlink(missing_ok=True)
-    return page
+    return write_text(
+        out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8")))
+    )
+
+
+def write_history(folder: Path, out: Path | None) -> Path:
+    """Render the history that ``vitrim gate --history`` keeps in `folder` as one HTML page at `out`, by default in it.
+
+    Raises:
+        DataError: there is none, no run of it has a latency, or a line is damaged.
+    """
+    from compressor.report.trend import Series, render_history
+
+    found = history.series(history.read(folder))
+    if not found:
+        raise DataError(
+            f"{folder}: a history must hold at least one run with a latency, found none.",
+            hint=f"Keep one: vitrim gate NEW --baseline OLD --history {folder}",
+        )
+    charts = []
+    for (device, *setting), entries in found.items():
+        title = ", ".join(
+            f"{name} {value}" for name, value in zip(("target", "threads", "batch"), setting, strict=True)
+        )
+        cpu = entries[-1]["device"].get("cpu")
+        model = cpu.get("model", "unknown CPU") if isinstance(cpu, Mapping) else "unknown CPU"
+        charts.append(Series(title, f"{model}, device {device}", entries, **history.levels(entries)))
+    return write_text(out or folder / "history.html", render_history(folder.absolute().name, charts))

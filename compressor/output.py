@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor.errors import ConfigError
 
-__all__ = ["file_or_folder", "folder_output", "write_json", "zip_folder"]
+__all__ = ["file_or_folder", "folder_output", "write_json", "write_text", "zip_folder"]
 
 
 def _check(out: Path, *, force: bool) -> None:
@@ -79,3 +79,14 @@ def zip_folder(folder: Path, out: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON; NaN is a bug, not a value."""
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`text` at `path`, complete or not at all; returns `path`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

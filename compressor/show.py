@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "compressed", "model", "profile"]
+__all__ = ["accuracy", "compared", "compressed", "model", "profile"]
 
 Json = Mapping[str, Any]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
     from rich.table import Table
+    from rich.text import Text  # names come from files: shown, never read as markup
 
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(Text(column), justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
@@ -86,6 +87,12 @@ def compressed(result: Json) -> list[Any]:
         *lines,
         f"Wrote {result['bundle']} in {sum(result['timings_s'].values()):.0f} s; next: vitrim report {result['bundle']}",
     ]
+
+
+def compared(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], warnings: Sequence[str]) -> list[Any]:
+    """`compare`: one column per bundle, the first one the reader's baseline."""
+    table = _table("Bundles side by side", ["", *names], [[label, *cells] for label, cells in rows])
+    return [table, "Latencies are each bundle's own, measured when it was made.", *warnings]
 
 
 def accuracy(found: Json) -> list[Any]:

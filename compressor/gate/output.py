@@ -29,6 +29,7 @@ class GateResult:
         p50_ms: median latency, ``candidate`` and ``baseline``.
         ratios: candidate / baseline of every pair, one list per run.
         seconds: how long it took.
+        setting: ``target``, ``threads`` and ``batch`` of both sides.
     """
 
     latency: GateVerdict
@@ -37,6 +38,7 @@ class GateResult:
     p50_ms: Mapping[str, float] = field(default_factory=dict)
     ratios: Sequence[Sequence[float]] = ()
     seconds: float = 0.0
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def overall(self) -> Verdict:
@@ -64,6 +66,7 @@ def to_json(result: GateResult) -> dict[str, Any]:
         "findings": [vars(finding) for finding in result.findings],
         "runs": [list(run) for run in result.ratios],
         "seconds": result.seconds,
+        **result.setting,
     }
 
 

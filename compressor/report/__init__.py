@@ -17,7 +17,8 @@ import numpy as np
 
 from compressor.errors import ConfigError, DataError
 from compressor.intervals import paired_ratio, quantile_interval
-from compressor.report.charts import Curve, Point, curves, scatter
+from compressor.report.charts import PERCENT, Curve, Point, curves, scatter
+from compressor.report.page import page
 from compressor.roofline import PARTS, fold
 from compressor.types import Array, OpRecord
 
@@ -42,16 +43,8 @@ def render(report: Json) -> str:
     Raises:
         DataError: the object does not have the shape that `compress` writes.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    page = Environment(
-        loader=PackageLoader("compressor.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections: dict[str, Callable[[Json], Any]] = {
         "headline": _headline,
         "targets": _targets,
@@ -66,9 +59,7 @@ def render(report: Json) -> str:
     }
     try:
         content = {name: section(report) for name, section in sections.items()}
-        return page.get_template("report.html.j2").render(
-            model=str(report["model"]), series=_series(report), legend=_legend(report), **content
-        )
+        return page("report", model=str(report["model"]), legend=_legend(report), **content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(
@@ -199,7 +190,7 @@ def _front(report: Json) -> str | None:
         points.append(
             Point(t["reference_latency_ms"]["p50"], 100.0, f"{t['name']} original", series[t["name"]], filled=False)
         )
-    return scatter(points, "latency p50, ms (line: p10 to p90)", "agreement, %") if points else None
+    return scatter(points, "latency p50, ms (line: p10 to p90)", "agreement, %", PERCENT) if points else None
 
 
 def _blocks(report: Json) -> dict[str, Any] | None:

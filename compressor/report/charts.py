@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Curve", "Point", "curves", "scatter"]
+__all__ = ["PERCENT", "Axis", "Curve", "Point", "curves", "scatter", "timeline"]
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 46
 SERIES = 6
+Range = tuple[float, float]
+EVERYTHING: Range = (-math.inf, math.inf)
+POSITIVE: Range = (0.0, math.inf)
+PERCENT: Range = (0.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,21 @@ class Axis:
     start: float  # pixel of `low`
     end: float  # pixel of `high`
     label: str
+    whole: bool = False  # whether only whole numbers have a tick
 
     @classmethod
-    def around(cls, values: Sequence[float], pixels: tuple[float, float], label: str) -> Axis:
-        """The axis that holds `values` with a little room on both sides."""
+    def around(
+        cls, values: Sequence[float], pixels: tuple[float, float], label: str, within: Range = EVERYTHING
+    ) -> Axis:
+        """The axis that holds `values` with a little room on both sides, but none outside `within`.
+
+        >>> axis = Axis.around([99.0, 100.0], (0, 100), "agreement, %", within=(0.0, 100.0))
+        >>> axis.low, axis.high
+        (98.94, 100.0)
+        """
         low, high = min(values), max(values)
         room = 0.06 * (high - low) if high > low else 0.05 * abs(high) + 1e-9
-        return cls(low - room, high + room, *pixels, label)
+        return cls(max(low - room, min(low, within[0])), min(high + room, max(high, within[1])), *pixels, label)
 
     def __call__(self, value: float) -> float:
         """Pixel of `value`."""
@@ -67,34 +79,41 @@ class Axis:
         >>> Axis(0.0, 10.0, 0, 100, "").ticks()
         [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
         """
-        raw = (self.high - self.low) / 6
+        raw = max((self.high - self.low) / 6, 1.0 if self.whole else 0.0)
         magnitude = 10.0 ** math.floor(math.log10(raw))
-        step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
+        step = next(
+            m * magnitude for m in ((1, 2, 5, 10) if self.whole else (1, 2, 2.5, 5, 10)) if m * magnitude >= raw * 0.999
+        )
         first = math.ceil(self.low / step - 1e-9)
         return [round(k * step, 12) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """An SVG scatter plot; hollow marks are those not `filled`, labels stand beside their marks."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, within: Range = EVERYTHING) -> str:
+    """An SVG scatter plot; hollow marks are those not `filled`, labels stand beside their marks.
+
+    Args:
+        points: to be marked; `x` is positive.
+        x_label: with its unit.
+        y_label: with its unit.
+        within: values that y can have; the axis goes no further.
+    """
     reach = [value for p in points for value in (p.spread or (p.x,))] + [p.x for p in points]
-    x = Axis.around(reach, (LEFT, WIDTH - RIGHT), x_label)
-    y = Axis.around([p.y for p in points], (HEIGHT - BOTTOM, TOP), y_label)
+    x = Axis.around(reach, (LEFT, WIDTH - RIGHT), x_label, POSITIVE)
+    y = Axis.around([p.y for p in points], (HEIGHT - BOTTOM, TOP), y_label, within)
     marks, boxes = [], [_box(x(p.x), y(p.y) + 4, "middle", 2) for p in points]
     for p in sorted(points, key=lambda p: (p.y, p.x), reverse=True):
         px, py, color = x(p.x), y(p.y), f"s{p.series % SERIES}"
         if p.spread is not None:
             low, high = (f"{x(value):.1f}" for value in p.spread)
             marks.append(f'<line class="{color} spread" x1="{low}" x2="{high}" y1="{py:.1f}" y2="{py:.1f}"/>')
-        shape, title = "dot" if p.filled else "ring", escape(f"{p.label}: {p.x:.4g}, {p.y:.4g}")
-        marks.append(
-            f'<circle class="{color} {shape}" cx="{px:.1f}" cy="{py:.1f}" r="5.5"><title>{title}</title></circle>'
-        )
+        marks.append(_dot(px, py, p))
         tx, ty, anchor = _free(px, py, len(p.label), boxes)
         boxes.append(_box(tx, ty, anchor, len(p.label)))
         marks.append(f'<text class="mark" x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>')
     return _svg(x, y, marks, f"{y_label} over {x_label}")
 
 
+Mark = tuple[float, str]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 # Where a label may stand relative to its mark, best first: beside it, above and below it, then further below.
 PLACES = (
@@ -122,14 +141,45 @@ def _free(px: float, py: float, characters: int, boxes: Sequence[Box]) -> tuple[
 
 def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
     """An SVG plot of polylines on common axes."""
-    x = Axis.around([v for line in lines for v in line.xs], (LEFT, WIDTH - RIGHT), x_label)
+    x = Axis.around([v for line in lines for v in line.xs], (LEFT, WIDTH - RIGHT), x_label, POSITIVE)
     y = Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP, y_label)
+    return _svg(x, y, [_polyline(x, y, line) for line in lines], f"{y_label} over {x_label}")
+
+
+def timeline(points: Sequence[Point], lines: Sequence[Curve], changes: Sequence[Mark], y_label: str) -> str:
+    """An SVG plot of values run by run: lines, marks on them, and a vertical line where the level changed.
+
+    Args:
+        points: marks without labels; their labels are shown when they are pointed at.
+        lines: levels and other curves on the same axes.
+        changes: where, and what is written there.
+        y_label: with its unit.
+    """
+    runs = [p.x for p in points]
+    x = Axis(min(runs) - 0.6, max(runs) + 0.6, LEFT, WIDTH - RIGHT, "run", whole=True)
+    heights = [p.y for p in points] + [v for line in lines for v in line.ys]
+    heights += [0.97 * min(heights), 1.03 * max(heights)]  # noise of a thousandth must not fill the chart
+    y = Axis.around(heights, (HEIGHT - BOTTOM, TOP + 16), y_label, POSITIVE)
     marks = []
-    for line in lines:
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
-        style = f"s{line.series % SERIES} curve" + (" dashed" if line.dashed else "")
-        marks.append(f'<polyline class="{style}" points="{path}"><title>{escape(line.label)}</title></polyline>')
-    return _svg(x, y, marks, f"{y_label} over {x_label}")
+    for at, text in changes:
+        px, left = x(at), x(at) > (LEFT + WIDTH - RIGHT) / 2
+        tx, anchor = (px - 5, "end") if left else (px + 5, "start")
+        marks.append(f'<line class="change" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        marks.append(f'<text class="mark" x="{tx:.1f}" y="{TOP + 8}" text-anchor="{anchor}">{escape(text)}</text>')
+    marks += [_polyline(x, y, line) for line in lines]
+    marks += [_dot(x(p.x), y(p.y), p, radius=3.5) for p in points]
+    return _svg(x, y, marks, f"{y_label} run by run")
+
+
+def _polyline(x: Axis, y: Axis, line: Curve) -> str:
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
+    style = f"s{line.series % SERIES} curve" + (" dashed" if line.dashed else "")
+    return f'<polyline class="{style}" points="{path}"><title>{escape(line.label)}</title></polyline>'
+
+
+def _dot(px: float, py: float, p: Point, radius: float = 5.5) -> str:
+    look, title = f"s{p.series % SERIES} {'dot' if p.filled else 'ring'}", escape(f"{p.label}: {p.x:.4g}, {p.y:.4g}")
+    return f'<circle class="{look}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}"><title>{title}</title></circle>'
 
 
 def _svg(x: Axis, y: Axis, marks: Sequence[str], title: str) -> str:

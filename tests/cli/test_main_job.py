@@ -225,22 +225,40 @@ def test_gate_passes_the_same_bundle(bundle, tmp_path):
     page, xml = tmp_path / "gate.md", tmp_path / "gate.xml"
     # A generous limit: what is tested is the command, not the machine.
     limits = ("--max-regression", "100%", "--confidence", 0.9, "--max-drop", 0.5)
-    done = vitrim("gate", bundle, "--baseline", bundle, *limits, "--markdown", page, "--junit", xml, "--json")
+    written = ("--markdown", page, "--junit", xml, "--history", tmp_path / "history")
+    done = vitrim("gate", bundle, "--baseline", bundle, *limits, *written, "--json")
     assert done.code == 0, done.err
     keys = {"verdict", "sentence", "ratio", "ratio_ci", "limit", "min_detectable", "pairs", "device"}
     assert keys <= done.json.keys() and done.json["verdict"] == "pass" and done.json["limit"] == 2.0
     assert "within the limits" in page.read_text() and "<testsuite" in xml.read_text()
     assert vitrim("gate", bundle, "--json").code == 2
+    assert done.json["target"] == "ort" and len(done.json["history"]["p50_ms"]) == 1
+    drawn = vitrim("report", "--history", tmp_path / "history", "--json")
+    assert drawn.code == 0 and "target ort" in (tmp_path / "history/history.html").read_text()
 
 
 def test_report_is_one_page(bundle, tmp_path):
     page = tmp_path / "r.html"
     assert vitrim("report", bundle, "--out", page).code == 0
+    assert vitrim("report", "--json").code == 2 and vitrim("report", bundle, "--history", tmp_path).code == 2
+    assert "--history" in vitrim("report", "--history", tmp_path, "--json").json["error"]["hint"]
     text = page.read_text()
     assert "</html>" in text and "http://" not in text.replace("http://www.w3.org", "") and "<script src" not in text
 
 
 def test_help_of_every_command_has_examples():
-    for name in ("compress", "profile", "eval", "run", "verify", "inspect", "doctor", "report", "gate", "build"):
+    for name in (
+        "compress",
+        "profile",
+        "eval",
+        "run",
+        "verify",
+        "inspect",
+        "doctor",
+        "report",
+        "gate",
+        "build",
+        "compare",
+    ):
         done = vitrim(name, "--help")
         assert done.code == 0 and f"vitrim {name}" in done.out.split("Options")[-1], name

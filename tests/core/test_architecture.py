@@ -21,27 +21,32 @@ RUNTIMES = {
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
 FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "kernels", "linalg", "result", "vit"}
-TOP = {"__main__", "cli", "console", "show"}
+TOP = {"__main__", "cli", "cli_device", "cli_pages", "console", "show"}
 ORCHESTRATION = {
     *(
         "build_plan",
         "bundle",
         "cache",
         "candidates",
+        "compare",
         "compiled",
         "doctor",
         "duel",
         "gating",
         "peaks",
         "inference",
+        "inventory",
         "output",
         "pipeline",
+        "probe",
         "quantizing",
         "recipe",
         "remote",
+        "replies",
+        "runner",
         "search",
     ),
-    *("stages", "worker"),
+    *("stages", "transport", "worker"),
 }
 
 

@@ -11,6 +11,7 @@ import targets
 from compressor import build_plan, checkpoint
 from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.quantize.refine import Refined
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
 PLUGIN = '''
@@ -52,9 +53,8 @@ def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
     network = model(pruned(PLAIN))
     folder.mkdir()
     checkpoint.save(network, folder)
-    plan = build_plan.make_plan(
-        network, name, ("fp32", "fp16", "w8a8"), {"w8a8": grids(network)}, folder / "targets" / name
-    )
+    refined = {"w8a8": Refined(network, grids(network), ())}
+    plan = build_plan.make_plan(network, name, ("fp32", "fp16", "w8a8"), refined, folder / "targets" / name)
     images = pixels(PLAIN, 8)
     np.savez(folder / "golden.npz", inputs=images, reference=reference(seed, images))
     content: dict[str, object] = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}

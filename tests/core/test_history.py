@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.errors import DataError
-from compressor.history import append, change_points, read, trend
+from compressor.history import append, change_points, levels, read, series, trend
 
 
 def test_entries_come_back_in_the_order_they_were_added(tmp_path: Path) -> None:
@@ -62,9 +62,27 @@ def test_trend_is_of_one_device_only(tmp_path: Path) -> None:
         append(tmp_path, here)
         append(tmp_path, {"device": {"id": "there"}, "latency_ms": {"candidate": 90.0 * (i + 1)}})
     append(tmp_path, {"device": {"id": "here"}, "latency_ms": {}})  # an entry without a latency is passed over
-    found = trend(tmp_path, "here")
+    found = trend(tmp_path, {"device": {"id": "here"}})
     assert len(found["p50_ms"]) == 20
     assert found["change_points"] == [12]
+
+
+def test_targets_threads_and_batches_are_series_of_their_own(tmp_path: Path) -> None:
+    settings = [("ort", 1, 1), ("openvino", 1, 1), ("ort", 2, 1), ("ort", 1, 8)]
+    for i in range(8):
+        for factor, (target, threads, batch) in enumerate(settings, 1):
+            setting = {"device": {"id": "here"}, "target": target, "threads": threads, "batch": batch}
+            append(tmp_path, {**setting, "latency_ms": {"candidate": factor + 0.001 * (i % 2)}})
+    found = series(read(tmp_path))
+    assert [key[1:] for key in found] == [tuple(map(str, s)) for s in settings]
+    assert [levels(entries)["change_points"] for entries in found.values()] == [[]] * 4
+    like = {"device": {"id": "here"}, "target": "ort", "threads": 2, "batch": 1}
+    assert trend(tmp_path, like)["p50_ms"] == [3 + 0.001 * (i % 2) for i in range(8)]
+
+
+@pytest.mark.parametrize("ms", [None, "5", -1.0, 0, float("nan"), float("inf"), [5.0]])
+def test_entries_without_a_positive_latency_are_left_out(ms: object) -> None:
+    assert series([{"device": {"id": "here"}, "latency_ms": {"candidate": ms}}, {"device": 3, "latency_ms": 3}]) == {}
 
 
 def test_series_too_short_to_tell_have_none() -> None:

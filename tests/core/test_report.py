@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 from compressor.errors import ConfigError, DataError
+from compressor.history import change_points
 from compressor.report import contact_sheet, render
-from compressor.report.charts import Axis, Point, scatter
+from compressor.report.charts import PERCENT, Axis, Point, scatter
+from compressor.report.page import page
+from compressor.report.trend import Series, render_history
 from compressor.types import latency_ms
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -285,39 +289,114 @@ def test_scatter_labels_do_not_lie_on_each_other() -> None:
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def slower(runs: int = 24, at: int = 15, **changes: Any) -> Series:
+    """A history whose candidate became 20 % slower at run `at` + 1; the last run failed, the first was inconclusive."""
+    rng, verdicts = np.random.default_rng(0), {0: "inconclusive", runs - 1: "fail"}
+    ms = [float((5.0 if i < at else 6.0) * np.exp(0.01 * rng.normal())) for i in range(runs)]
+    entries = [
+        {
+            "candidate": f"b{i}",
+            "verdict": verdicts.get(i, "pass"),
+            "latency_ms": {"candidate": v, "baseline": 5.0},
+            **changes,
+        }
+        for i, v in enumerate(ms)
+    ]
+    return Series("target ort, threads 1, batch 1", "CPU A", entries, ms, change_points(ms))
+
+
+def test_history_marks_where_the_level_changed() -> None:
+    text = render_history("gates", [slower()])
+    page = Page(text)
+    assert text.count('class="change"') == 1 and "run 16" in page.text
+    assert "runs: 24; changes of level: 1." in page.text
+    assert re.search(r"\+(19|20|21)\.\d %", page.text)
+    assert text.count("<circle") == 24 and text.count("s4 dot") == 1 and text.count("s4 ring") == 1
+    (line,) = re.findall(r'class="change" x1="([\d.]+)"', text)
+    left, right = (float(x) for x in re.findall(r'<circle[^>]*cx="([\d.]+)"', text)[14:16])
+    assert left < float(line) < right
+    assert not {"script", "iframe", "link"} & page.tags and page.links == []
+
+
+def test_history_without_a_change_marks_none() -> None:
+    text = render_history("gates", [slower(at=24)])
+    assert 'class="change"' not in text and "changes of level: none found" in text
+
+
+def test_history_escapes_what_it_read() -> None:
+    text = render_history(NASTY, [replace(slower(candidate=NASTY, verdict=NASTY), title=NASTY, device=NASTY)])
+    page = Page(text)
+    assert not {"script", "img"} & page.tags and page.text.count("alert(1)") > 24
+
+
+def side_by_side(name: str = "old") -> str:
+    return page("compare", names=[name, "new"], rows=[(name, ["1", name]), ("ort p50 ms", ["2", ""])], warnings=[name])
+
+
+def test_side_by_side_shows_every_cell_and_escapes_it() -> None:
+    found = Page(side_by_side(NASTY))
+    assert found.ids == {"warnings", "compare"} and found.text.count(NASTY) == 4
+    assert not {"script", "img"} & found.tags and found.links == []
+
+
+@pytest.mark.parametrize("runs", [1, 2, 300])
+def test_history_of_any_length_is_drawn_over_whole_runs(runs: int) -> None:
+    text = render_history("gates", [slower(runs)])
+    assert text.count("<circle") == runs
+    numbers = re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]+)<', text)
+    assert numbers and all(number.isdigit() for number in numbers)
+
+
+def ticks(svg: str) -> list[float]:
+    """What is written beside the y axis."""
+    return [float(v) for v in re.findall(r'class="tick"[^>]*text-anchor="end">([^<]+)<', svg)]
+
+
+@pytest.mark.parametrize("agreements", [(100.0, 100.0), (99.0, 100.0), (40.0, 99.9), (100.0,)])
+def test_no_axis_of_shares_goes_beyond_a_hundred(agreements: tuple[float, ...]) -> None:
+    points = [Point(1.0 + i, a, f"c{i}", 0) for i, a in enumerate(agreements)]
+    assert max(ticks(scatter(points, "ms", "%", PERCENT))) <= 100.0
+    axis = Axis.around(agreements, (0, 100), "%", PERCENT)
+    assert axis.low < min(agreements) and axis.high <= 100.0
+    assert Axis.around(agreements, (0, 100), "%").high > max(agreements)  # the limit is what keeps it
+
+
+def test_the_accuracy_chart_of_a_report_ends_at_a_hundred() -> None:
+    full = everything()
+    for candidate in full["candidates"]:
+        candidate["agreement"] = 100.0
+    (front,) = re.findall(r'<section id="front">.*?</section>', render(full), re.S)
+    assert max(ticks(front)) == 100.0
+
+
+def drawn(tmp_path: Path, text: str, width: int) -> np.ndarray:
+    """The page as headless Chromium draws it, (H, W, 3); anything it complains about is an error."""
+    from PIL import Image
+
+    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    file.write_text(text, encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0")
+    places = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", f"--screenshot={shot}")
+    command = [str(BROWSER), *options, *places, file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert "CONSOLE" not in done.stderr  # where a page's errors and refused loads are reported
+    return np.asarray(Image.open(shot).convert("RGB"), dtype=np.int64)
+
+
 @pytest.mark.skipif(
     BROWSER is None, reason="no Chromium is installed: `apt-get install chromium` to have the page drawn"
 )
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_draws_the_page_without_an_error_and_without_sideways_scrolling(tmp_path: Path, width: int) -> None:
-    from PIL import Image
-
-    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    page.write_text(render(everything()), encoding="utf-8")
-    command = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--v=0",
-    ]
-    done = subprocess.run(
-        [
-            *command,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},2400",
-            f"--screenshot={shot}",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    assert "CONSOLE" not in done.stderr  # where a page's errors and refused loads are reported
-    pixels = np.asarray(Image.open(shot).convert("RGB"), dtype=np.int64)
+@pytest.mark.parametrize("kind", ["report", "history", "compare"])
+def test_a_browser_draws_the_page_without_an_error_and_without_sideways_scrolling(
+    tmp_path: Path, kind: str, width: int
+) -> None:
+    pages = {
+        "report": lambda: render(everything()),
+        "history": lambda: render_history("gates", [slower(), slower(runs=2)]),
+        "compare": side_by_side,
+    }
+    pixels = drawn(tmp_path, pages[kind](), width)
     assert pixels.shape[1] == width
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # something was drawn
     background = pixels[-1, 0]

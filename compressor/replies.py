@@ -1,0 +1,228 @@
+"""What a device answers, checked before anything here believes it. Pure functions.
+
+A device may be broken or hostile: sizes are bounded, every key is checked against its schema, text is freed of control
+characters (it ends up on a terminal), and figures that follow from the samples are computed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from compressor import errors
+from compressor.errors import DataError, TargetUnavailable, VitrimError
+from compressor.probe import MARK
+from compressor.profile_json import from_json, to_json
+from compressor.types import Precision
+
+__all__ = ["Found", "built", "checks", "failure", "found", "marked", "profile", "readable"]
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Samples = Annotated[list[int], Field(min_length=1, max_length=1_000_000)]
+LONGEST = 2000  # characters of one text shown
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Found(_Strict):
+    """What `compressor.probe` prints: version, packages missing, free space, and sha256 of every file by name."""
+
+    python: Annotated[list[int], Field(min_length=3, max_length=3)]
+    missing: list[str]
+    free_bytes: Annotated[int, Field(ge=0)]
+    files: dict[str, str]
+
+
+class _Check(_Strict):
+    target: str
+    passed: bool | None
+    skipped: str = ""
+    max_abs: Amount = 0.0
+    tolerance: Amount = 0.0
+
+
+class _Verified(_Strict):
+    bundle: str
+    passed: bool
+    files: int
+    signature: None
+    targets: list[_Check]
+
+
+class _Built(_Strict):
+    bundle: str
+    target: str
+    precision: Precision
+    latency_ms: dict[str, Amount]
+    reason: str
+    candidates: list[dict[str, Any]]
+    device: dict[str, Any]
+
+
+class _Failure(_Strict):
+    code: str
+    message: str
+    hint: str
+
+
+class _Op(_Strict):
+    name: str
+    type: str
+    placement: str
+    precision: str
+    time_ms: Amount
+    share: Amount
+
+
+class _Part(_Strict):
+    block: int | None
+    part: str
+    precision: str
+    placements: list[str]
+    time_ms: Amount
+    share: Amount
+    efficiency: Amount | None
+
+
+class _Throughput(_Strict):
+    streams: Annotated[int, Field(ge=1)]
+    images_per_s: Amount
+
+
+class _Profile(_Strict):
+    target: str
+    precision: Precision
+    device: dict[str, Any]
+    runs: int
+    warmup: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)]
+    latency_ms: dict[str, Any]
+    latency_ci95_ms: dict[str, Any]
+    images_per_s: Amount
+    samples_ns: Samples
+    load_ms: Amount
+    first_run_ms: Amount
+    peak_rss_bytes: Annotated[int, Field(ge=0)]
+    conditions: dict[str, Any]
+    yardstick_ns: Samples
+    ops: list[_Op]
+    parts: list[_Part]
+    throughput: _Throughput | None = None
+
+
+def marked(text: str) -> dict[str, Any] | None:
+    """The JSON object in the last marked line of `text`, cleaned; None where there is none.
+
+    A login shell may print before it: that is not marked.
+
+    Raises:
+        TargetUnavailable: the line is not a JSON object of finite numbers.
+    """
+    lines = [line for line in text.splitlines() if line.startswith(MARK)]
+    if not lines:
+        return None
+    try:
+        value = _clean(json.loads(lines[-1][len(MARK) :], parse_constant=_refuse))
+    except (ValueError, RecursionError) as error:
+        raise TargetUnavailable(f"the device's answer must be JSON, got {error}.") from None
+    if not isinstance(value, dict):
+        raise TargetUnavailable(f"the device's answer must be a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def readable(text: str) -> str:
+    """`text` on one line, of bounded length and without control characters.
+
+    >>> readable("a\\x1b[31m\\nb")
+    'a?[31m b'
+    """
+    short = " ".join(text[:LONGEST].splitlines())
+    return "".join(c if c.isprintable() else "?" for c in short)
+
+
+def found(answer: Mapping[str, Any]) -> Found:
+    """A probe's answer.
+
+    Raises:
+        TargetUnavailable: it is not one.
+    """
+    checked: Found = _checked(TypeAdapter(Found), answer)
+    return checked
+
+
+def checks(answer: Any) -> list[dict[str, Any]]:
+    """The ``targets`` of a ``vitrim verify --json`` object made there.
+
+    Raises:
+        TargetUnavailable: it is not one.
+    """
+    _checked(TypeAdapter(_Verified), answer)
+    return list(answer["targets"])
+
+
+def built(answer: Any) -> dict[str, Any]:
+    """The ``vitrim build --json`` object made there.
+
+    Raises:
+        TargetUnavailable: it is not one.
+    """
+    _checked(TypeAdapter(_Built), answer)
+    return dict(answer)
+
+
+def profile(answer: Any) -> dict[str, Any]:
+    """The ``vitrim profile --json`` object of a profile made there; percentiles and rates are computed from its samples.
+
+    Raises:
+        TargetUnavailable: it is not one.
+    """
+    checked = _checked(TypeAdapter(_Profile), answer)
+    try:
+        measured = to_json(from_json(answer))
+    except DataError as error:
+        raise TargetUnavailable(f"the device's answer is not valid: {error}") from None
+    result = {"precision": checked.precision, **measured, "parts": answer["parts"]}
+    if checked.throughput is not None:
+        result["throughput"] = answer["throughput"]
+    return result
+
+
+def failure(answer: Any, url: str) -> VitrimError:
+    """The error that stopped a job there, as the class it was, naming the device."""
+    said = _checked(TypeAdapter(_Failure), answer)
+    kind = getattr(errors, said.code, None) if said.code in errors.__all__ else None
+    known = kind if isinstance(kind, type) and issubclass(kind, VitrimError) else TargetUnavailable
+    return known(f"{url}: {said.message}", hint=said.hint)
+
+
+def _checked(adapter: TypeAdapter[Any], answer: Any) -> Any:
+    try:
+        return adapter.validate_python(answer)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise TargetUnavailable(
+            f"the device's answer is not valid: {readable(where)}: {readable(first['msg'])}."
+        ) from None
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, list):
+        return [_clean(v) for v in value]
+    if isinstance(value, dict):
+        return {readable(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):  # 1e999 is valid JSON
+        raise ValueError("a number that is not finite")
+    return value
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant}, which is not JSON")
