@@ -32,7 +32,7 @@ from compressor.errors import BundleError, ConfigError, unknown_name
 from compressor.types import Array, Artifact, BlockSpec, Precision, Preprocess, Session, TensorSpec, VitSpec
 from compressor.verify import tolerance
 
-__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "seal", "sha256_file"]
+__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "artifact_of", "seal", "sha256_file"]
 
 MAX_FILE_BYTES = 8 << 30  # larger than any ViT; bounds what a hostile manifest or archive can make us read
 
@@ -104,6 +104,30 @@ def artifact_entry(artifact: Artifact, root: Path) -> TargetEntry:
         settings=dict(artifact.settings),
         inputs=tensors(artifact.inputs),
         outputs=tensors(artifact.outputs),
+    )
+
+
+def artifact_of(target: str, entry: TargetEntry, root: Path) -> Artifact:
+    """The artifact of `entry`, whose files lie under the folder `root`: the inverse of `artifact_entry`.
+
+    Raises:
+        BundleError: a path that reaches outside `root`.
+    """
+    files = tuple(_inside(root, f) for f in entry.files)
+
+    def specs(tensors: list[TensorEntry]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(t.name, t.dtype, tuple(t.shape)) for t in tensors)
+
+    return Artifact(
+        target=target,
+        path=_inside(root, entry.path),
+        sha256=entry.sha256,
+        size_bytes=sum(f.stat().st_size for f in files),
+        precision=entry.precision,
+        inputs=specs(entry.inputs),
+        outputs=specs(entry.outputs),
+        settings=entry.settings,
+        files=files,
     )
 
 
@@ -269,23 +293,7 @@ class Bundle:
         """The artifact of `target`, with absolute paths."""
         if target not in self.manifest.targets:
             raise unknown_name(f"{self.root}: target", target, self.manifest.targets)
-        entry = self.manifest.targets[target]
-        files = tuple(_inside(self.root, f) for f in entry.files)
-
-        def specs(tensors: list[TensorEntry]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t.name, t.dtype, tuple(t.shape)) for t in tensors)
-
-        return Artifact(
-            target=target,
-            path=_inside(self.root, entry.path),
-            sha256=entry.sha256,
-            size_bytes=sum(f.stat().st_size for f in files),
-            precision=entry.precision,
-            inputs=specs(entry.inputs),
-            outputs=specs(entry.outputs),
-            settings=entry.settings,
-            files=files,
-        )
+        return artifact_of(target, self.manifest.targets[target], self.root)
 
     def session(self, target: str | None = None, threads: int = 1) -> Session:
         """An open session of `target` (default: `default_target`); opened once per target and thread count."""

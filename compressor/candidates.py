@@ -12,13 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 import targets
 from compressor.errors import ConfigError, TargetUnavailable
-from compressor.profile import ProfileConfig, faster, interleave
+from compressor.profile import ProfileConfig, faster
+from compressor.race import Race, race_here
 from compressor.types import (
     Array,
     Artifact,
@@ -124,6 +125,7 @@ class Outcome:
     reason: str
     ops: tuple[OpRecord, ...]
     reference_ops: tuple[OpRecord, ...]
+    device: Mapping[str, Any]  # fingerprint of the machine that raced them
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Contest:
         threads: of every session.
         quantizer: whose integers; ``nncf`` only where the target offers it.
         min_agreement: percent of classes that a candidate must share with `model` to be eligible.
+        race: where the artifacts run against each other.
     """
 
     reference: Model
@@ -151,6 +154,7 @@ class Contest:
     threads: int = 1
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     min_agreement: float = 98.0
+    race: Race = race_here
 
 
 def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
@@ -167,15 +171,17 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
         sessions = {"reference": target.open(reference, threads=job.threads)}
         sessions |= {label: target.open(artifact, threads=job.threads) for label, artifact in artifacts.items()}
         feed = {reference.inputs[0].name: job.golden[:1]}
-        times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
+        timing = ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions))
+        raced = job.race({"reference": reference, **artifacts}, sessions, feed, timing)
+        times = raced.samples_ns
         candidates = tuple(_candidate(job, label, sessions[label], a, times[label]) for label, a in artifacts.items())
         kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
-        ops, before = sessions[kept.label].ops(feed), sessions["reference"].ops(feed)
+        ops, before = raced.ops(kept.label), raced.ops("reference")
     for loser in candidates:
         if loser is not kept:
             for file in set(loser.artifact.files) - set(kept.artifact.files):
                 file.unlink()
-    return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops, before)
+    return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops, before, raced.device)
 
 
 def _artifacts(job: Contest, name: str, wanted: str, out_dir: Path) -> dict[str, Artifact]:

@@ -142,15 +142,19 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     zip: Annotated[bool, typer.Option("--zip", help="Write the bundle as one .zip file.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
+    device: On = "local",
 ) -> Result:
     """Prune, quantize, lower, verify, profile and bundle a model: the main job."""
     given = dict(locals())
     from compressor import show
     from compressor.cache import Cache, default_folder
     from compressor.errors import ConfigError
+    from compressor.inventory import default_file, resolve
     from compressor.output import file_or_folder
     from compressor.pipeline import compress as run
+    from compressor.race import race_here
     from compressor.recipe import Recipe, from_yaml, override
+    from compressor.remote import race_on
 
     if out is None:
         raise ConfigError("--out must name the bundle to write.", hint="For example: --out my_bundle")
@@ -160,9 +164,10 @@ def compress(
         raise ConfigError(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
         )
-    cache = Cache(None if no_cache else default_folder())
+    cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())
+    race = race_here if where is None else race_on(where, console.note)
     with file_or_folder(out, force=force, zipped=zip) as folder:
-        result = run(plan, folder, cache, console.progress)
+        result = run(plan, folder, cache, console.progress, race)
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
     return Result(result, show.compressed(result))
 

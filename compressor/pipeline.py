@@ -24,13 +24,14 @@ from compressor.cache import Cache
 from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
 from compressor.compiled import Compiled, compile_model, is_compiled
 from compressor.compiled import to_json as compiled_json
-from compressor.device import fingerprint, peak_rss_bytes
+from compressor.device import peak_rss_bytes
 from compressor.errors import ConfigError
 from compressor.kernels import int8_share
 from compressor.output import write_json
 from compressor.profile import Stopwatch
 from compressor.quantize.plan import for_target
 from compressor.quantizing import Quantized, Quantizer
+from compressor.race import Race, race_here
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, prune_stage, torch_logits
@@ -61,7 +62,7 @@ class Run:
     expected: Array  # (n, classes)
 
 
-def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> dict[str, Any]:
+def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, race: Race = race_here) -> dict[str, Any]:
     """Fill the empty `folder` with the bundle that `recipe` describes; return the ``vitrim compress --json`` object.
 
     Args:
@@ -69,6 +70,7 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> 
         folder: see `compressor.output`, which makes it appear complete or not at all.
         cache: finished stages.
         progress: called with (stage, done, total).
+        race: where candidates run against each other: here, or on a device (`remote.race_on`).
 
     Raises:
         VitrimError: any of the tree in `compressor.errors`.
@@ -76,7 +78,7 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress) -> 
     watch = Stopwatch()
     _refuse_early(recipe)
     _limit_threads(recipe.threads)
-    run = _stages(recipe, folder, cache, progress, watch)
+    run = _stages(recipe, folder, cache, progress, watch, race)
     with watch("evaluate"):
         accuracies = _evaluate(run, progress)
     result = _result(run, accuracies)
@@ -117,7 +119,7 @@ def _limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watch: Stopwatch) -> Run:
+def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watch: Stopwatch, race: Race) -> Run:
     with watch("load"):
         reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
         images = load_images(recipe, reference, progress)
@@ -137,6 +139,7 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
         threads=recipe.threads,
         quantizer=recipe.quantizer,
         min_agreement=recipe.min_agreement,
+        race=race,
     )
     outcomes, plans, compiled = [], [], []
     for done, name in enumerate(recipe.targets, 1):
@@ -307,7 +310,7 @@ def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
             "image": contact_sheet(_pictures(run)),
             "caption": "Calibration images as the network sees them.",
         },
-        "provenance": {**provenance, "device": fingerprint()},
+        "provenance": {**provenance, "device": dict(run.outcomes[0].device)},
     }
 
 

@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
 from typing import IO, Any
@@ -34,11 +34,14 @@ from compressor.errors import ConfigError, TargetUnavailable
 from compressor.inference import Source, is_bundle, open_to_verify, verified
 from compressor.inventory import Device
 from compressor.output import file_or_folder
+from compressor.profile import ProfileConfig
+from compressor.race import Inputs, Race, Raced, packed
 from compressor.result import Result
 from compressor.runner import BUILT, BUNDLE
 from compressor.transport import transport
+from compressor.types import Artifact, Session
 
-__all__ = ["ATTEMPTS", "Remote", "build_on", "profile_on", "verify_on"]
+__all__ = ["ATTEMPTS", "Remote", "build_on", "profile_on", "race_on", "verify_on"]
 
 ATTEMPTS = 3
 OLDEST = [3, 11]
@@ -96,9 +99,9 @@ class Remote:
         except TargetUnavailable:
             self._note(f"{self._device.url}: {self._folder} could not be removed; remove it by hand.")
 
-    def run(self, bundle: Bundle, job: str, arguments: Mapping[str, Any]) -> Any:
-        """The result of `job` (see `compressor.runner`) on `bundle` there, as it came: to be checked by its reader."""
-        wanted = _code() | _contents(bundle)
+    def run(self, about: Mapping[str, _File], job: str, arguments: Mapping[str, Any]) -> Any:
+        """The result of `job` (see `compressor.runner`) on the files `about`, as it came: to be checked by its reader."""
+        wanted = _code() | dict(about)
         request = json.dumps({"job": job, "arguments": dict(arguments)}) + "\n"
 
         def attempt() -> str:
@@ -276,7 +279,7 @@ def _code() -> dict[str, _File]:
         for path in sorted((root / package).rglob("*.py")):
             name = path.relative_to(root)
             if not NOT_SENT & set(name.parts):
-                found[f"code/{name.as_posix()}"] = _File(path, sha256_file(path), path.stat().st_size)
+                found[f"code/{name.as_posix()}"] = _file(path)
     return found
 
 
@@ -284,8 +287,7 @@ def _contents(bundle: Bundle) -> dict[str, _File]:
     """The files of a bundle, whose digests were checked when it was opened."""
     entries = bundle.manifest.files.items()
     found = {f"{BUNDLE}/{name}": _File(bundle.root / name, e.sha256, e.size) for name, e in entries}
-    manifest = bundle.root / "manifest.json"
-    return {**found, f"{BUNDLE}/manifest.json": _File(manifest, sha256_file(manifest), manifest.stat().st_size)}
+    return {**found, f"{BUNDLE}/manifest.json": _file(bundle.root / "manifest.json")}
 
 
 # --------------------------------------------------------------------------- the commands
@@ -310,7 +312,7 @@ def profile_on(
         bundle.artifact(source.target)  # A wrong target is named before anything is sent
     asked = {"target": source.target, "threads": source.threads, "batch": batch, "per_op": per_op, "streams": streams}
     with Remote(device, note) as there:
-        return replies.profile(there.run(bundle, "profile", asked))
+        return replies.profile(there.run(_contents(bundle), "profile", asked))
 
 
 def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Result:
@@ -319,7 +321,7 @@ def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Res
     if target is not None:
         bundle.artifact(target)
     with Remote(device, note) as there:
-        checks = replies.checks(there.run(bundle, "verify", {"target": target}))
+        checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}))
     return verified(path, len(bundle.manifest.files), checks)
 
 
@@ -333,10 +335,30 @@ def build_on(device: Device, path: Path, target: str, out: Path | None, note: No
     bundle, goal = Bundle.open(path), out or path
     bundle.artifact(target)
     with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
-        found = replies.built(there.run(bundle, "build", {"target": target, "threads": threads}))
+        found = replies.built(there.run(_contents(bundle), "build", {"target": target, "threads": threads}))
         archive = Path(work) / BUILT
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked
         with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
             shutil.copytree(complete.root, folder, dirs_exist_ok=True)
     return built(goal, found)
+
+
+def race_on(device: Device, note: Note) -> Race:
+    """The race of `compress --device`: artifacts built here run against each other on `device`."""
+
+    def race(
+        artifacts: Mapping[str, Artifact], sessions: Mapping[str, Session], inputs: Inputs, config: ProfileConfig
+    ) -> Raced:
+        expected = {name: sessions[name].run(inputs)[a.outputs[0].name] for name, a in artifacts.items()}
+        (target,) = {a.target for a in artifacts.values()}
+        with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
+            files, entries = packed(artifacts, expected, inputs, Path(work))
+            asked = {"target": target, "artifacts": entries, "config": asdict(config)}
+            return replies.raced(there.run({n: _file(p) for n, p in files.items()}, "race", asked), artifacts)
+
+    return race
+
+
+def _file(path: Path) -> _File:
+    return _File(path, sha256_file(path), path.stat().st_size)

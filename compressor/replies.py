@@ -7,7 +7,7 @@ characters (it ends up on a terminal), and figures that follow from the samples 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,9 +16,10 @@ from compressor import errors
 from compressor.errors import DataError, TargetUnavailable, VitrimError
 from compressor.probe import MARK
 from compressor.profile_json import from_json, to_json
-from compressor.types import Precision
+from compressor.race import Raced
+from compressor.types import OpRecord, Precision
 
-__all__ = ["Found", "built", "checks", "failure", "found", "marked", "profile", "readable"]
+__all__ = ["Found", "built", "checks", "failure", "found", "marked", "profile", "raced", "readable"]
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Samples = Annotated[list[int], Field(min_length=1, max_length=1_000_000)]
@@ -116,6 +117,20 @@ class _Profile(_Strict):
     throughput: _Throughput | None = None
 
 
+class _Node(_Strict):
+    name: str
+    type: str
+    placement: str
+    precision: str
+    time_ms: Amount
+
+
+class _Raced(_Strict):
+    samples_ns: dict[str, Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1, max_length=1_000_000)]]
+    ops: dict[str, list[_Node]]
+    device: dict[str, Any]
+
+
 def marked(text: str) -> dict[str, Any] | None:
     """The JSON object in the last marked line of `text`, cleaned; None where there is none.
 
@@ -191,6 +206,24 @@ def profile(answer: Any) -> dict[str, Any]:
     if checked.throughput is not None:
         result["throughput"] = answer["throughput"]
     return result
+
+
+def raced(answer: Any, names: Iterable[str]) -> Raced:
+    """What a race there found of the artifacts `names`.
+
+    Raises:
+        TargetUnavailable: it is not that.
+    """
+    checked: _Raced = _checked(TypeAdapter(_Raced), answer)
+    if (
+        not checked.samples_ns.keys() == checked.ops.keys() == set(names)
+        or len(set(map(len, checked.samples_ns.values()))) != 1
+    ):
+        raise TargetUnavailable(
+            "the device's answer is not valid: every artifact must have as many samples as the others."
+        )
+    ops = {name: tuple(OpRecord(**node.model_dump()) for node in nodes) for name, nodes in checked.ops.items()}
+    return Raced({name: tuple(times) for name, times in checked.samples_ns.items()}, ops.__getitem__, checked.device)
 
 
 def failure(answer: Any, url: str) -> VitrimError:

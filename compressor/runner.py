@@ -4,8 +4,9 @@
     > {"job": "profile", "arguments": {"target": "ort", "threads": 1, "batch": 1, "per_op": false, "streams": 0}}
     < @vitrim {"result": {...}}                      or {"error": {"code", "message", "hint"}}
 
-The bundle is ``bundle`` in the current folder. Input stays open while somebody waits for the answer: when it ends, the
-connection was cut or the user has gone, and this process and its children end at once, so that nothing is left running.
+What the job is about was sent into the current folder, a bundle as ``bundle``. Input stays open while somebody waits for
+the answer: when it ends, the connection was cut or the user has gone, and this process and its children end at once, so
+that nothing is left running.
 """
 
 from __future__ import annotations
@@ -76,9 +77,16 @@ def _build(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return build_bundle(BUNDLE, arguments["target"], BUILT, threads=arguments["threads"]).data
 
 
+def _race(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    from compressor.race import race_there
+
+    return race_there(arguments)
+
+
 JOBS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "build": _build,
     "profile": _profile,
+    "race": _race,
     "verify": _verify,
 }
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,6 +274,29 @@ def test_a_plan_is_completed_there_and_brought_back(
     assert Bundle.open(out).manifest.targets["planned"].settings == {"stage": "engine"}
     assert Bundle.open(plan).manifest.targets["planned"].settings["stage"] == "plan"
     assert server.left == []
+
+
+def test_candidates_race_there_and_the_report_says_so(server: Server, tmp_path: Path, cache: dict[str, str]) -> None:
+    out = tmp_path / "b"
+    options = ("--precision", "w8a8", "--calib-size", 32, "--target", "ort", "--out", out)
+    done = vitrim("compress", "demo", *options, "--device", "board", "--json", env={**server.env, **cache})
+    assert done.code == 0, done.err
+    assert "sending" in done.err and {"fp32", "w8a8"} == {c["precision"] for c in stored(out)["candidates"]}
+    version = subprocess.run([server.python, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
+    assert stored(out)["provenance"]["device"]["versions"]["python"] == version
+    assert stored(out)["ops"]["ort"] and done.json["targets"][0]["latency_ms"]["p50"] > 0
+    assert vitrim("verify", out).code == 0 and server.left == []
+
+
+def stored(bundle: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((bundle / "report.json").read_text())
+    return content
+
+
+def test_a_compress_whose_device_is_away_leaves_nothing(tmp_path: Path, cache: dict[str, str]) -> None:
+    options = ("--precision", "fp32", "--calib-size", 32, "--target", "ort", "--out", tmp_path / "b")
+    done = vitrim("compress", "demo", *options, "--device", "ssh://nobody@127.0.0.1:1", "--json", env=cache)
+    assert done.code == 3 and "refused" in done.json["error"]["message"] and list(tmp_path.iterdir()) == []
 
 
 def test_a_cut_connection_is_resumed(server: Server, small: Path) -> None:

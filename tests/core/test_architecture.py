@@ -40,6 +40,7 @@ ORCHESTRATION = {
         "pipeline",
         "probe",
         "quantizing",
+        "race",
         "recipe",
         "remote",
         "replies",
