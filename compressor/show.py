@@ -69,13 +69,17 @@ def compressed(result: Json) -> list[Any]:
             f"{t['latency_ms']['p50']:.3g}",
             f"{t['speedup']:.2f}x",
             f"{t['size_bytes'] / 1e6:.2f}",
+            "" if t["int8_mac_share"] is None else f"{t['int8_mac_share']:.0%}",
             _percent(t["accuracy"]["top1"]),
         ]
         for t in result["targets"]
     ]
-    columns = ["target", "kept", "before ms", "after ms", "speed-up", "MB", "top-1"]
+    columns = ["target", "kept", "before ms", "after ms", "speed-up", "MB", "int8 MACs", "top-1"]
     lines: list[Any] = [_table(f"{result['model']}", ["", "before", "after"], size), _table("Targets", columns, rows)]
-    lines += [f"{t['name']}: {t['reason']}" for t in result["targets"]]
+    for t in result["targets"]:
+        lines.append(f"{t['name']}: {t['reason']}")
+        if t["kept_float"]:
+            lines.append(f"{t['name']}: in float, since integers change too many answers: {', '.join(t['kept_float'])}")
     for c in result["compiled"]:
         modelled = "no latency estimate" if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
         share = (
