@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from compressor import cli_device, cli_pages, console
+from compressor import cli_device, cli_pages, cli_search, console
 from compressor.console import Console, command
 from compressor.result import Result
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.add_typer(cli_pages.app)
 app.add_typer(cli_device.app)
+app.add_typer(cli_search.app)
 
 MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -151,6 +152,7 @@ def compress(
     from compressor.errors import ConfigError
     from compressor.inventory import default_file, resolve
     from compressor.output import file_or_folder
+    from compressor.pipeline import Tools
     from compressor.pipeline import compress as run
     from compressor.race import race_here
     from compressor.recipe import Recipe, from_yaml, override
@@ -167,7 +169,7 @@ def compress(
     cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())
     race = race_here if where is None else race_on(where, console.note)
     with file_or_folder(out, force=force, zipped=zip) as folder:
-        result = run(plan, folder, cache, console.progress, race)
+        result = run(plan, folder, Tools(cache, console.progress, race))
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
     return Result(result, show.compressed(result))
 

@@ -6,6 +6,7 @@
     ├── DataError              images or labels that cannot be read or used
     ├── UnsupportedModel       a network vitrim does not represent (named by its first unknown tensor)
     ├── ParityError            a built artifact that does not compute what the model computes   (exit code 1)
+    ├── BudgetError            nothing meets the limits that were set                           (exit code 1)
     ├── TargetUnavailable      a runtime or vendor tool that is not installed or failed         (exit code 3)
     └── BundleError            a bundle that is damaged, tampered with or incomplete
 
@@ -18,6 +19,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "BudgetError",
     "BundleError",
     "CheckpointError",
     "ConfigError",
@@ -68,6 +70,12 @@ class UnsupportedModel(VitrimError):
 
 class ParityError(VitrimError):
     """A built artifact whose outputs are not those of the model it was built from."""
+
+    exit_code = 1
+
+
+class BudgetError(VitrimError):
+    """Nothing that was built meets the limits that were set."""
 
     exit_code = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressor.errors import ConfigError
 
-__all__ = ["share"]
+__all__ = ["milliseconds", "share", "shares"]
 
 
 def share(text: str | None) -> float | None:
@@ -22,3 +22,35 @@ def share(text: str | None) -> float | None:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise ConfigError(f"A share must be a number such as 5% or 0.05, got {text!r}.") from None
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Shares from ``"1,0.6,50%"``.
+
+    Raises:
+        ConfigError: one of them is not a number.
+
+    >>> shares("1,0.6,50%")
+    (1.0, 0.6, 0.5)
+    """
+    return tuple(found for part in text.split(",") if (found := share(part.strip())) is not None)
+
+
+def milliseconds(text: str | None) -> float | None:
+    """Milliseconds from ``"5ms"``, ``"0.5s"`` or ``"5"``; None stays None.
+
+    Raises:
+        ConfigError: not a duration.
+
+    >>> milliseconds("5ms"), milliseconds("0.5s"), milliseconds("5"), milliseconds(None)
+    (5.0, 500.0, 5.0, None)
+    """
+    if text is None:
+        return None
+    number, factor = (
+        (text[:-2], 1.0) if text.endswith("ms") else (text[:-1], 1e3) if text.endswith("s") else (text, 1.0)
+    )
+    try:
+        return float(number) * factor
+    except ValueError:
+        raise ConfigError(f"A duration must be a number such as 5ms or 0.5s, got {text!r}.") from None

@@ -6,8 +6,8 @@ checkpoint -> images -> prune -> quantize -> per target (lower, build, verify, r
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,11 +38,28 @@ from compressor.stages import Images, Progress, load_images, prune_stage, torch_
 from compressor.types import Array, Artifact, Model, Precision, latency_ms
 from compressor.verify import accuracy
 
-__all__ = ["compress"]
+__all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages"]
 
 GOLDEN = 8
 SHEET = 48  # calibration images shown in the report
 PARITY_IMAGES = 256  # calibration images on which every artifact is held against the model it was built from
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every stage works with.
+
+    Attributes:
+        cache: finished stages.
+        progress: called with (stage, done, total).
+        race: where candidates run against each other: here, or on a device (`remote.race_on`).
+        watch: seconds by stage.
+    """
+
+    cache: Cache
+    progress: Progress
+    race: Race = race_here
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 @dataclass(frozen=True)
@@ -62,25 +79,25 @@ class Run:
     expected: Array  # (n, classes)
 
 
-def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, race: Race = race_here) -> dict[str, Any]:
+def compress(recipe: Recipe, folder: Path, tools: Tools, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fill the empty `folder` with the bundle that `recipe` describes; return the ``vitrim compress --json`` object.
 
     Args:
         recipe: every choice.
         folder: see `compressor.output`, which makes it appear complete or not at all.
-        cache: finished stages.
-        progress: called with (stage, done, total).
-        race: where candidates run against each other: here, or on a device (`remote.race_on`).
+        tools: cache, progress, race.
+        extras: further entries of the result and the report.
 
     Raises:
         VitrimError: any of the tree in `compressor.errors`.
     """
-    watch = Stopwatch()
-    _refuse_early(recipe)
-    _limit_threads(recipe.threads)
-    run = _stages(recipe, folder, cache, progress, watch, race)
+    refuse_early(recipe)
+    watch = tools.watch
+    with watch("load"):
+        reference, images = load(recipe, tools)
+    run = run_stages(recipe, reference, images, folder, tools)
     with watch("evaluate"):
-        accuracies = _evaluate(run, progress)
+        accuracies = evaluate(run, tools.progress)
     result = _result(run, accuracies)
     with watch("bundle"):
         manifest = _write(run, folder)
@@ -89,6 +106,7 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, rac
         "peak_rss_bytes": peak_rss_bytes(),
         "recipe": to_dict(recipe),
         "seed": recipe.seed,
+        **(extras or {}),
     }
     samples = {o.target: list(o.reference_ns) for o in run.outcomes}
     entries = [{**t, "reference_samples_ns": samples[t["name"]]} for t in result["targets"]]
@@ -99,7 +117,13 @@ def compress(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, rac
     return result
 
 
-def _refuse_early(recipe: Recipe) -> None:
+def load(recipe: Recipe, tools: Tools) -> tuple[Model, Images]:
+    """The model and the images that `recipe` names."""
+    reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
+    return reference, load_images(recipe, reference, tools.progress)
+
+
+def refuse_early(recipe: Recipe) -> None:
     """Whatever can be refused is refused before any work."""
     for name in recipe.targets:
         precisions(name, recipe.precision)
@@ -119,10 +143,10 @@ def _limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watch: Stopwatch, race: Race) -> Run:
-    with watch("load"):
-        reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
-        images = load_images(recipe, reference, progress)
+def run_stages(recipe: Recipe, reference: Model, images: Images, folder: Path, tools: Tools) -> Run:
+    """Prune, quantize, and hold every target's contest; artifacts are left under `folder`."""
+    _limit_threads(recipe.threads)
+    cache, progress, watch = tools.cache, tools.progress, tools.watch
     with watch("prune"):
         model, blocks = prune_stage(reference, images.calibration, recipe, cache, progress)
     subset = images.calibration.subset(range(min(PARITY_IMAGES, len(images.calibration))))
@@ -139,7 +163,7 @@ def _stages(recipe: Recipe, folder: Path, cache: Cache, progress: Progress, watc
         threads=recipe.threads,
         quantizer=recipe.quantizer,
         min_agreement=recipe.min_agreement,
-        race=race,
+        race=tools.race,
     )
     outcomes, plans, compiled = [], [], []
     for done, name in enumerate(recipe.targets, 1):
@@ -176,7 +200,7 @@ def _quantize(recipe: Recipe, quantizer: Quantizer) -> dict[str, dict[Precision,
     return found
 
 
-def _evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     """Accuracy of the reference and of each kept artifact; without evaluation images, agreement on calibration images."""
     images = run.images.evaluation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "compared", "compressed", "model", "profile"]
+__all__ = ["accuracy", "compared", "compressed", "model", "profile", "searched"]
 
 Json = Mapping[str, Any]
 
@@ -97,6 +97,23 @@ def compared(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], wa
     """`compare`: one column per bundle, the first one the reader's baseline."""
     table = _table("Bundles side by side", ["", *names], [[label, *cells] for label, cells in rows])
     return [table, "Latencies are each bundle's own, measured when it was made.", *warnings]
+
+
+def searched(found: Json) -> list[Any]:
+    """`search`: every size tried, the front marked, and the pick."""
+    rows = [
+        [
+            f"{p['target_macs']:.0%}",
+            p["precision"],
+            f"{p['latency_ms']:.3g}",
+            f"{p['speedup']:.2f}x",
+            _percent(p["agreement"], p["agreement_ci95"]),
+            "yes" if p["on_front"] else "",
+        ]
+        for p in found["points"]
+    ]
+    columns = ["MACs kept", "precision", "ms", "speed-up", "same answer (held-out)", "on the front"]
+    return [_table("Sizes tried", columns, rows), f"Picked {found['sentence']}"]
 
 
 def accuracy(found: Json) -> list[Any]:

@@ -186,6 +186,10 @@ def _front(report: Json) -> str | None:
                 spread=spread,
             )
         )
+    name = report["targets"][0]["name"]
+    for p in report.get("search", {}).get("points", []):
+        label = f"{name} {p['precision']}, {p['target_macs']:.0%} of the MACs"
+        points.append(Point(p["latency_ms"], p["agreement"], label, series[name], filled=False))
     for t in report["targets"] if points else []:
         points.append(
             Point(t["reference_latency_ms"]["p50"], 100.0, f"{t['name']} original", series[t["name"]], filled=False)
