@@ -189,8 +189,9 @@ class Capabilities:
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle", "halving"] = "conv"
+    patch_stride: int = 2  # the largest one that patch="halving" leaves to the last convolution
     softmax: Literal["node", "exp_conv"] = "node"
-    logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1) in the conv layout
+    logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1)
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
     batch: Literal["dynamic", "static"] = "dynamic"
     width_multiple: int = 8

@@ -26,6 +26,7 @@ from compressor.errors import ConfigError
 from compressor.lower import conv_folds as folds
 from compressor.lower.activations import activation
 from compressor.lower.graph import GraphBuilder
+from compressor.lower.patches import cropped, halved, strided
 from compressor.types import Array, BlockSpec, Capabilities, Model, Quantization
 
 __all__ = ["lower_conv"]
@@ -80,9 +81,7 @@ class _Conv:
         """(B, in, h, w) -> (B, C, 1, T), zero mean over C."""
         g, spec = self.graph, self.spec
         weight, bias = folds.centre(*self._linear("patch"))
-        forms = {"conv": self._strided, "unshuffle": self._unshuffled, "halving": self._halved}
-        patches = forms[self.form.patch](pixels, weight)
-        x = g.reshape("patch.flat", patches, (spec.embed_dim, 1, spec.grid[0] * spec.grid[1]))
+        x = g.reshape("patch.flat", self._patches(pixels, weight), (spec.embed_dim, 1, spec.grid[0] * spec.grid[1]))
         if spec.prefix_tokens:
             pads = g.ints("tokens.pads", [0, 0, 0, spec.prefix_tokens, 0, 0, 0, 0])
             x = g.op("tokens.pad", "Pad", x, pads)
@@ -91,36 +90,16 @@ class _Conv:
         table[spec.prefix_tokens :] += bias
         return g.op("tokens.add", "Add", x, g.constant("tokens.table", table.T[None, :, None, :].astype(np.float32)))
 
-    def _strided(self, x: ir.Value, weight: Array) -> ir.Value:
-        size = list(weight.shape[2:])
-        kernel = self.graph.constant("patch.weight", weight.astype(np.float32))
-        return self.graph.op("patch.conv", "Conv", x, kernel, kernel_shape=size, strides=size)
-
-    def _halved(self, x: ir.Value, weight: Array) -> ir.Value:
-        """As convolutions with stride 2, for chips that compute a larger stride at every second pixel and throw most away."""
-        g, spec, depth = self.graph, self.spec, 0
-        x = self._cropped(x)
-        while weight.shape[2] % 2 == 0 and weight.shape[3] % 2 == 0 and min(weight.shape[2:]) > 2:
-            kernel = folds.halving_kernel(spec.in_chans * 4**depth)
-            constant = g.constant(f"patch.halve{depth}.weight", kernel.astype(np.float32))
-            x = g.op(f"patch.halve{depth}", "Conv", x, constant, kernel_shape=(2, 2), strides=(2, 2))
-            weight, depth = folds.halve(weight), depth + 1
-        return self._strided(x, weight)
-
-    def _cropped(self, x: ir.Value) -> ir.Value:
-        """The whole patches: pixels beyond the last one are not read."""
-        for axis, size, cells, patch in zip(
-            (2, 3), self.spec.image_size, self.spec.grid, self.spec.patch_size, strict=True
-        ):
-            if cells * patch != size:
-                x = self.graph.slice(f"patch.crop{axis}", x, axis, 0, cells * patch)
-        return x
-
-    def _unshuffled(self, x: ir.Value, weight: Array) -> ir.Value:
+    def _patches(self, x: ir.Value, weight: Array) -> ir.Value:
+        """(B, in, h, w) -> (B, C, rows, cols), in the chip's form."""
         g, spec, p = self.graph, self.spec, self.spec.patch_size[0]
+        if self.form.patch == "conv":
+            return strided(g, x, weight)
+        if self.form.patch == "halving":
+            return halved(g, spec, x, weight, self.form.patch_stride)
         if spec.patch_size[1] != p:
             raise ConfigError(f"Patches must be square for patch form 'unshuffle', got {spec.patch_size}.")
-        x = g.op("patch.unshuffle", "SpaceToDepth", self._cropped(x), blocksize=p)
+        x = g.op("patch.unshuffle", "SpaceToDepth", cropped(g, spec, x), blocksize=p)
         return self._conv("patch", x, folds.patch_kernel(weight))
 
     # ------------------------------------------------------------------ blocks
