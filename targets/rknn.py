@@ -181,7 +181,7 @@ def _parse(log: str, graph: onnx_ir.Model, chip: str) -> _estimate.Estimate:
         latency_ms=None,
         subgraphs=pieces,
         ops=tuple(row.op for row in rows),
-        npu_mac_share=_estimate.mac_share(_estimate.macs_by_node(graph), tuple(_nodes(rows, graph))),
+        npu_mac_share=_mac_share(rows, graph),
     )
 
 
@@ -213,16 +213,22 @@ def _piece(number: int, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _nodes(rows: list[Row], graph: onnx_ir.Model) -> Iterator[OpRecord]:
-    """`rows` under the names of the graph's nodes, which the compiler extends; fused attention stands for both its products."""
-    nodes = {node.name: node for node in graph.graph if node.name}
-    for row in rows:
-        name = max((n for n in nodes if n and row.op.name.startswith(n)), key=len, default="")
-        if name:
-            yield replace(row.op, name=name)
-        if name and row.op.type == "exSDPAttention":
-            node = nodes[name].inputs[0].producer()  # type: ignore[union-attr]
-            while node is not None and node.op_type != "MatMul":
-                node = node.inputs[0].producer()  # type: ignore[union-attr]
-            if node is not None:
-                yield replace(row.op, name=node.name or "")
+def _mac_share(rows: list[Row], graph: onnx_ir.Model) -> float:
+    """Share of the multiply-accumulates that no row puts on the CPU; the table is whole, but fused products lose their names."""
+    macs = _estimate.macs_by_node(graph)
+    away = {name for row in rows if row.op.placement == "CPU" for name in _nodes(row, graph)}
+    return 1 - sum(macs.get(name, 0) for name in away) / max(1, sum(macs.values()))
+
+
+def _nodes(row: Row, graph: onnx_ir.Model) -> Iterator[str]:
+    """The graph's nodes behind `row`, whose name extends that of one; fused attention stands for both its products."""
+    named = [node for node in graph.graph if node.name and row.op.name.startswith(node.name)]
+    node = max(named, key=lambda node: len(node.name or ""), default=None)
+    if node is not None:
+        yield node.name or ""
+    if node is not None and row.op.type == "exSDPAttention":
+        first = node.inputs[0].producer()  # type: ignore[union-attr]
+        while first is not None and first.op_type != "MatMul":
+            first = first.inputs[0].producer()  # type: ignore[union-attr]
+        if first is not None:
+            yield first.name or ""

@@ -55,12 +55,17 @@ def test_the_last_table_of_the_log_is_read():
     assert found.estimator == "rknn-toolkit2 2.5.0 cycle table, rk3588"
 
 
-def test_multiplies_are_found_under_the_compilers_names():
-    """Of the nodes in the table: the patch embedding, proj, and fused attention, which stands for two products."""
+def test_multiplies_on_the_cpu_are_found_under_the_compilers_names():
     graph = graph_of(1)
     macs = _estimate.macs_by_node(graph)
-    placed = sum(macs[f"blocks.0.{n}"] for n in ("proj.matmul", "scores", "values")) + macs["patch.conv"]
-    assert rknn._parse(LOG, graph, "rk3588").npu_mac_share == pytest.approx(placed / sum(macs.values()))
+    assert rknn._parse(LOG, graph, "rk3588").npu_mac_share == 1.0  # its only row on the CPU multiplies nothing
+    for kind, lost in {
+        "exSDPAttention INT8     ": ("scores", "values"),  # fused attention stands for two products
+        "ConvAdd        INT8     ": ("proj.matmul",),
+    }.items():
+        found = rknn._parse(LOG.replace(f"{kind}NPU", f"{kind}CPU"), graph, "rk3588")
+        gone = sum(macs[f"blocks.0.{name}"] for name in lost)
+        assert found.npu_mac_share == pytest.approx(1 - gone / sum(macs.values())) and gone > 0
 
 
 @pytest.mark.parametrize("log", ["", LOG.replace("] 4 ", "] 4: ")])
