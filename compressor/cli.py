@@ -128,11 +128,15 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     zip: Annotated[bool, typer.Option("--zip", help="Write the bundle as one .zip file.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
+    require_npu: Annotated[
+        bool, typer.Option("--require-npu", help="Exit 1 where a compiler leaves an operation to the CPU.")
+    ] = False,
 ) -> Result:
     """Prune, quantize, lower, verify, profile and bundle a model: the main job."""
     given = dict(locals())
     from compressor import show
     from compressor.cache import Cache, default_folder
+    from compressor.compiled import fallbacks, require_compilers
     from compressor.errors import ConfigError
     from compressor.output import file_or_folder
     from compressor.pipeline import compress as run
@@ -146,11 +150,14 @@ def compress(
         raise ConfigError(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
         )
+    if require_npu:
+        require_compilers(plan.targets)
     cache = Cache(None if no_cache else default_folder())
     with file_or_folder(out, force=force, zipped=zip) as folder:
         result = run(plan, folder, cache, console.progress)
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
-    return Result(result, show.compressed(result))
+    left = fallbacks(result["compiled"]) if require_npu else []
+    return Result(result, [*show.compressed(result), *left], exit_code=1 if left else 0)
 
 
 @command(app, "profile", "vitrim profile b --target openvino --per-op", "vitrim profile demo --threads 2 --json")
