@@ -190,7 +190,7 @@ class Capabilities:
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle", "halving"] = "conv"
     patch_stride: int = 2  # the largest one that patch="halving" leaves to the last convolution
-    softmax: Literal["node", "exp_conv"] = "node"
+    softmax: Literal["node", "exp"] = "node"
     logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1)
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
     batch: Literal["dynamic", "static"] = "dynamic"

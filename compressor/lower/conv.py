@@ -9,9 +9,9 @@ go there. Exact steps, each a function of `conv_folds` or an identity of the net
 3. The bias of k changes no softmax and is dropped; the bias of v moves into proj's.
 4. Prefix tokens and positions are one constant table. A head that reads tokens 0..p-1 only needs those columns of the last
    block, and reading p tokens side by side is a 1 x p convolution.
-5. ``softmax="exp_conv"``: exp(s - max s), a convolution of ones over the key axis, a reciprocal and a product behind the
-   values. Without the maximum it is the same function, but its int8 form is useless: one row's largest exp sets the scale of
-   all of them (D-Robotics' mapper, embedded model: cosine of the first block's attention 0.30 without, 0.998 with).
+5. ``softmax="exp"``: exp(s - max s), a product with ones over the key axis, a reciprocal and a product behind the values. Any
+   number may be subtracted from a row; the maximum is what int8 needs: without it one row's largest exp sets the scale of all
+   of them (D-Robotics' mapper, embedded model: cosine of the first block's attention 0.30 without, 0.998 with).
 
 Source: Tang and Guo, "ViT on Brain Processing Unit", arXiv 2602.06300, for linears and norms as convolutions with inherited
 weights; the paper gives no code. The centring fold, the table and the softmax are ours.
@@ -136,7 +136,7 @@ class _Conv:
         q = g.reshape(f"{name}.q.heads", q, (h, block.qk_dim, rows))
         k = g.reshape(f"{name}.k.heads", k, (h, block.qk_dim, t))
         v = g.reshape(f"{name}.v.heads", v, (h, block.v_dim, t))
-        core = self._exp_attention if self.form.softmax == "exp_conv" else self._softmax_attention
+        core = self._exp_attention if self.form.softmax == "exp" else self._softmax_attention
         o = g.reshape(f"{name}.heads", core(name, (h, rows), q, k, v), (h * block.v_dim, 1, rows))
         weight, bias = self._linear(f"{name}.proj")
         weight, bias = folds.centre(weight, folds.value_bias_into_projection(weight, bias, value_bias))
@@ -173,23 +173,26 @@ class _Conv:
     def _exp_attention(self, name: str, sizes: tuple[int, int], q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """The same without a softmax node and with one transpose; rows are divided by their sums behind the values.
 
-        Keys stay on axis 2, next to the heads: (B, H, T, rows) is (B, H * T, 1, rows) to the convolution that sums over keys.
+        Keys stay on axis 2, so that a row's maximum is a pooling and its sum a product with ones.
         """
-        g, t, (h, rows) = self.graph, self.spec.tokens, sizes
+        g, t, (h, _) = self.graph, self.spec.tokens, sizes
         scores = g.op(f"{name}.scores", "MatMul", g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2)), q)
         peak = self._peak(f"{name}.peak", scores)
         e = g.op(f"{name}.exp", "Exp", g.op(f"{name}.centred", "Sub", scores, peak))  # in (0, 1]: int8 is enough
-        flat = g.reshape(f"{name}.exp.flat", e, (h * t, 1, rows))
-        sums = self._conv(f"{name}.sum", flat, np.ones((h, t, 1, 1)), group=h)
-        inverse = g.reshape(f"{name}.inverse.heads", g.op(f"{name}.inverse", "Reciprocal", sums), (h, 1, rows))
+        ones = g.constant(f"softmax.ones{h}", np.ones((1, h, 1, t), np.float32))
+        inverse = g.op(f"{name}.inverse", "Reciprocal", g.op(f"{name}.sum", "MatMul", ones, e))
         return g.op(f"{name}.divided", "Mul", g.op(f"{name}.values", "MatMul", v, e), inverse)
 
     def _peak(self, name: str, scores: ir.Value) -> ir.Value:
-        """(B, H, T, rows) -> (B, H, 1, rows): the largest score of each row."""
-        g = self.graph
-        if g.opset >= 18:
-            return g.op(name, "ReduceMax", scores, g.ints("keys.axis", [2]), keepdims=1)
-        return g.op(name, "ReduceMax", scores, axes=(2,), keepdims=1)
+        """(B, H, T, rows) -> (B, H, 1, rows): the largest score of each row, by poolings that follow each other."""
+        x, left = scores, self.spec.tokens
+        for i, window in enumerate(folds.pooling_windows(left)):
+            missing = -left % window  # minus infinity to a maximum
+            x = self.graph.op(
+                f"{name}{i}", "MaxPool", x, kernel_shape=(window, 1), strides=(window, 1), pads=(0, 0, missing, 0)
+            )
+            left = (left + missing) // window
+        return x
 
     def _mlp(self, name: str, block: BlockSpec, y: ir.Value) -> ir.Value:
         g, norm = self.graph, f"{name}.norm2"

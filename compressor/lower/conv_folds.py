@@ -5,6 +5,8 @@ Notation: W (out, in), b (out,), C channels of the residual stream x, D head wid
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from compressor.types import Array
@@ -20,6 +22,7 @@ __all__ = [
     "key_scale_into_query",
     "mean_kernel",
     "patch_kernel",
+    "pooling_windows",
     "value_bias_into_projection",
 ]
 
@@ -100,3 +103,20 @@ def halving_kernel(channels: int) -> Array:
 def head_kernel(weight: Array, rows: int) -> Array:
     """(classes, rows * C) -> (classes, C, 1, rows): a classifier over `rows` tokens side by side is one 1 x rows convolution."""
     return weight.reshape(len(weight), rows, -1).transpose(0, 2, 1)[:, :, None, :]
+
+
+def pooling_windows(count: int) -> tuple[int, ...]:
+    """Windows, each as long as its stride, of poolings that reduce `count` values to one, in halves first.
+
+    Any windows give the same maximum; chips pool neighbours in pairs fast. HBDK at O2, 197 keys, microseconds of two DeiT-Tiny
+    blocks and a third that classifies: 2301 with (15, 14), 1957 with (2, 10, 10), 1908 with these.
+
+    >>> pooling_windows(197)  # 99, 50, 25, 5, 1
+    (2, 2, 2, 5, 5)
+    """
+    windows = []
+    while count > 32:
+        windows.append(2)
+        count = -(-count // 2)
+    side = math.isqrt(max(0, count - 1)) + 1
+    return (*windows, side, -(-count // side))
