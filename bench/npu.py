@@ -5,7 +5,7 @@
 plain  torch's own export of the network as timm writes it: one qkv linear, a 16 x 16 patch convolution, softmax(q k) v. At
        opset 18 or 20 by torch.export; at opset 11, which it cannot reach, by tracing, its constants folded.
 ours   what `vitrim compress` builds.
-half   ours, with half of every MLP, query, key and value removed; DeiT shape only.
+half   ours, with half of every MLP removed, and half of the heads, or of every head where their number is odd; DeiT shape only.
 
 Latencies and cycles are the vendor's estimates, never measurements, and the same effort of the compiler is used for every
 graph. The DeiT shapes have random weights: only placement and estimates are read from them. Agreement with float is measured
@@ -47,10 +47,11 @@ CALIBRATION = 100
 
 
 def deit(size: str, depth: int, kept: float = 1.0) -> Model:
-    """Random weights; the share `kept` of every block's hidden units, queries, keys and values."""
+    """Random weights; the share `kept` of every block's hidden units and heads, or of every head where heads do not divide."""
     width, heads = WIDTHS[size]
-    head = round(64 * kept)
-    block = BlockSpec(heads, head, head, round(4 * width * kept))
+    whole = (heads * kept).is_integer()
+    head = 64 if whole else round(64 * kept)
+    block = BlockSpec(round(heads * kept) if whole else heads, head, head, round(4 * width * kept))
     spec = VitSpec((224, 224), (16, 16), 3, width, (block,) * depth)
     rng = np.random.default_rng(0)
     weights = {n: (0.02 * rng.standard_normal(s)).astype(np.float32) for n, s in spec.shapes().items()}

@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
     precisions=("w8a8",),
     norm="conv",
     patch="halving",  # one block of DeiT-Tiny at O2: 0.47 ms, against 1.95 with the 16 x 16 convolution
+    patch_stride=4,  # two blocks at O2: 1.111 ms, against 1.139 with 2 and 1.267 with 8
     gelu="erf",  # the mapper turns the whole pattern into one table look-up
     softmax="exp",
     logits="map",
