@@ -1,10 +1,15 @@
-"""Plain export against vitrim's form on every NPU compiler that is installed here.
+"""Plain export against vitrim's form, and dense against pruned, on every NPU compiler that is installed here.
 
-    python bench/npu.py [--depth 2] [--size tiny] [--effort O2] [--images 100] [--target bpu]
+    python bench/npu.py [--target bpu] [--depth 2] [--size tiny] [--forms plain ours half] [--effort O2] [--images 100]
 
-Latencies are the vendor's estimates, never measurements, and the same effort of the compiler is used for both graphs. The DeiT
-shapes have random weights: only placement and latency are read from them. Agreement with float is measured on the embedded
-model, on evaluation images; the compiler calibrates on calibration images.
+plain  torch's own export of the network as timm writes it: one qkv linear, a 16 x 16 patch convolution, softmax(q k) v. At
+       opset 18 or 20 by torch.export; at opset 11, which it cannot reach, by tracing, its constants folded.
+ours   what `vitrim compress` builds.
+half   ours, with half of every MLP removed, and half of the heads, or of every head where their number is odd; DeiT shape only.
+
+Latencies and cycles are the vendor's estimates, never measurements, and the same effort of the compiler is used for every
+graph. The DeiT shapes have random weights: only placement and estimates are read from them. Agreement with float is measured
+on the embedded model, on evaluation images; the compiler calibrates on calibration images.
 """
 
 from __future__ import annotations
@@ -12,9 +17,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
+import torch
+from torch import Tensor, nn
 
 import targets
 from calibration import data
@@ -22,47 +34,108 @@ from compressor import checkpoint
 from compressor.errors import VitrimError
 from compressor.lower import lower
 from compressor.stages import torch_logits
-from compressor.types import Array, Artifact, BlockSpec, BuildOptions, Capabilities, Model, Preprocess, VitSpec
+from compressor.types import Array, Artifact, BlockSpec, BuildOptions, Model, Precision, Preprocess, VitSpec
 from targets import _estimate, bpu
 
+TARGETS = ("bpu", "qnn", "rknn")
+FORMS = ("plain", "ours", "half")
 WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-CALIBRATION = 50
+CALIBRATION = 100
 
 
-def deit(size: str, depth: int) -> Model:
+# --------------------------------------------------------------------------- the networks
+
+
+def deit(size: str, depth: int, kept: float = 1.0) -> Model:
+    """Random weights; the share `kept` of every block's hidden units and heads, or of every head where heads do not divide."""
     width, heads = WIDTHS[size]
-    spec = VitSpec((224, 224), (16, 16), 3, width, (BlockSpec(heads, 64, 64, 4 * width),) * depth)
+    whole = (heads * kept).is_integer()
+    head = 64 if whole else round(64 * kept)
+    block = BlockSpec(round(heads * kept) if whole else heads, head, head, round(4 * width * kept))
+    spec = VitSpec((224, 224), (16, 16), 3, width, (block,) * depth)
     rng = np.random.default_rng(0)
     weights = {n: (0.02 * rng.standard_normal(s)).astype(np.float32) for n, s in spec.shapes().items()}
     ones = {n: np.ones_like(w) for n, w in weights.items() if "norm" in n and n.endswith("weight")}
     return Model(spec, weights | ones, Preprocess(spec.image_size))
 
 
-def forms(name: str) -> dict[str, Capabilities]:
-    """A plain export (tokens, softmax and norm as they come) at an opset the compiler reads, and ours."""
-    ours = targets.get(name).CAPABILITIES
-    plain = Capabilities("tokens", ours.opset, ours.precisions, qdq="none", batch="static", gelu="erf")
-    return {"plain": plain, "ours": ours}
+class PlainBlock(nn.Module):
+    """A block as timm writes it, without fused attention."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def attention(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
-def make(model: Model, name: str, form: Capabilities, options: BuildOptions, effort: str) -> Artifact:
-    graph = lower(model, form)
-    return bpu.compile_graph(graph, options, effort) if name == "bpu" else targets.get(name).build(graph, options)
+class Plain(nn.Module):
+    """A class-token Vision Transformer as timm writes it."""
+
+    def __init__(self, spec: VitSpec) -> None:
+        super().__init__()
+        width, (first, *_) = spec.embed_dim, spec.blocks
+        self.patch = nn.Conv2d(spec.in_chans, width, spec.patch_size, spec.patch_size)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, spec.tokens, width))
+        blocks = [PlainBlock(width, first.heads, first.mlp_dim, spec.norm_eps) for _ in spec.blocks]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm, self.head = nn.LayerNorm(width, spec.norm_eps), nn.Linear(width, spec.num_classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
+        return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
 
 
-def row(label: str, artifact: Artifact, seconds: float, agreement: str) -> str:
-    found = _estimate.read(artifact)
-    latency = "-" if found.latency_ms is None else f"{found.latency_ms:.2f}"
-    return (
-        f"{label:<34} {latency:>9} {len(found.subgraphs):>9} {len(found.cpu_ops):>7} {100 * found.npu_mac_share:>9.1f}"
-        f" {artifact.size_bytes / 1e6:>7.1f} {seconds:>8.0f} {agreement:>12}"
-    )
+def plain_module(model: Model) -> Plain:
+    """The unpruned `model` with its weights in timm's places."""
+    module, w = Plain(model.spec), {n: torch.from_numpy(a) for n, a in model.weights.items()}
+    token = {"token": w["prefix"][None], "position": torch.cat([torch.zeros_like(w["prefix"]), w["pos"]])[None]}
+    state = {n: w[n] for n in w if n.split(".")[0] in ("patch", "norm", "head")} | token
+    for i, block in enumerate(model.spec.blocks):
+        at, scale = f"blocks.{i}", block.qk_dim**0.5  # the softmax scale is inside our q
+        for kind in ("weight", "bias"):
+            q, k, v = (w[f"{at}.{part}.{kind}"] for part in "qkv")
+            state[f"{at}.qkv.{kind}"] = torch.cat([q * scale, k, v])
+            state |= {f"{at}.{n}.{kind}": w[f"{at}.{n}.{kind}"] for n in ("norm1", "norm2", "proj")}
+            state |= {f"{at}.mlp.{n}.{kind}": w[f"{at}.{part}.{kind}"] for n, part in ((0, "fc1"), (2, "fc2"))}
+    module.load_state_dict(state)
+    return module.eval()
 
 
-def agreement(model: Model, name: str, artifact: Artifact, pixels: Array) -> str:
-    got = targets.get(name).open(artifact).run({"pixels": pixels})["logits"]
-    same = int((got.argmax(1) == torch_logits(model, pixels).argmax(1)).sum())
-    return f"{same}/{len(pixels)}"
+def export(model: Model, opset: int) -> onnx_ir.Model:
+    """torch's ONNX graph of the plain module."""
+    from onnxscript import optimizer
+
+    module, example = plain_module(model), torch.zeros(1, model.spec.in_chans, *model.spec.image_size)
+    assert np.abs(module(example).detach().numpy() - torch_logits(model, example.numpy())).max() < 1e-3
+    names = {"input_names": ["pixels"], "output_names": ["logits"], "opset_version": opset}
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        if opset >= 18:
+            program = torch.onnx.export(module, (example,), dynamo=True, **names)
+            assert program is not None
+            return program.model
+        file = BytesIO()
+        torch.onnx.export(module, (example,), file, dynamo=False, **names)
+        import onnx
+
+        graph = onnx_ir.from_proto(onnx.load_from_string(file.getvalue()))
+        optimizer.optimize_ir(graph)
+        return graph
 
 
 def load(model: Model, source: str, count: int) -> Array:
@@ -70,45 +143,90 @@ def load(model: Model, source: str, count: int) -> Array:
     return np.concatenate(list(data.batches(images, model.preprocess, 50)))[:count]
 
 
+# --------------------------------------------------------------------------- the table
+
+
+def build(graph: onnx_ir.Model, name: str, options: BuildOptions, effort: str) -> Artifact:
+    return bpu.compile_graph(graph, options, effort) if name == "bpu" else targets.get(name).build(graph, options)
+
+
+def graphs(name: str, label: str, model: Model, args: argparse.Namespace) -> Iterator[tuple[str, onnx_ir.Model]]:
+    form = targets.get(name).CAPABILITIES
+    for wanted in args.forms:
+        if wanted == "plain":
+            yield wanted, export(model, form.opset)
+        elif wanted == "ours":
+            yield wanted, lower(model, form)
+        elif label != "embedded":
+            yield wanted, lower(deit(args.size, args.depth, 0.5), form)
+
+
+def cost(found: _estimate.Estimate) -> tuple[float, str]:
+    """What the compiler counts: milliseconds, millions of cycles, or nothing."""
+    if found.latency_ms is not None:
+        return found.latency_ms, "ms"
+    return sum(piece.get("cycles", 0) for piece in found.subgraphs) / 1e6, "Mcycles"
+
+
+def agreement(model: Model, name: str, artifact: Artifact, count: int) -> str:
+    pixels = load(model, "demo:eval", count)
+    got = targets.get(name).open(artifact).run({"pixels": pixels})["logits"]
+    same = int((got.argmax(1) == torch_logits(model, pixels).argmax(1)).sum())
+    return f"{same}/{len(pixels)}"
+
+
+def row(label: str, artifact: Artifact, seconds: float, same: str) -> str:
+    found = _estimate.read(artifact)
+    counted, unit = cost(found)
+    size = sum(f.stat().st_size for f in artifact.files if f.suffix in (".bin", ".rknn"))
+    told = f"{counted:.3f} {unit}" if counted else "-"
+    return (
+        f"{label:<36} {told:>15} {len(found.subgraphs):>9} {len(found.cpu_ops):>7} {100 * found.npu_mac_share:>10.1f}"
+        f" {size / 1e6:>6.1f} {seconds:>7.0f} {same:>11}"
+    )
+
+
 def compare(name: str, label: str, model: Model, calibration: Array, args: argparse.Namespace) -> None:
-    real = label == "embedded"
-    for form, capabilities in forms(name).items():
+    precision: Precision = targets.get(name).CAPABILITIES.precisions[0]
+    costs = {}
+    for form, graph in graphs(name, label, model, args):
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            precision = capabilities.precisions[0]
             options = BuildOptions(Path(folder), precision, calibration=(calibration,))
             try:
-                artifact = make(model, name, capabilities, options, args.effort)
+                artifact = build(graph, name, options, args.effort)
             except VitrimError as error:
-                print(f"{f'{name} {label} {form}':<34} does not build: {error}", flush=True)
+                print(f"{f'{name} {label} {form}':<36} does not build: {error}", flush=True)
                 continue
             seconds = time.perf_counter() - started
-            same = agreement(model, name, artifact, load(model, "demo:eval", args.images)) if real else "-"
+            same = agreement(model, name, artifact, args.images) if label == "embedded" else "-"
             print(row(f"{name} {precision} {label} {form}", artifact, seconds, same), flush=True)
+            costs[form] = cost(_estimate.read(artifact))[0]
+    for slow, fast in (("plain", "ours"), ("ours", "half")):
+        if costs.get(slow) and costs.get(fast):
+            print(f"{'':<36} {slow} / {fast}: {costs[slow] / costs[fast]:.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--target", action="append", choices=("bpu", "qnn"))
+    parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the DeiT shape; 0 leaves it out")
     parser.add_argument("--size", choices=WIDTHS, default="tiny")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--effort", default="O2", help="of HBDK; O0 compiles in seconds and its latency means nothing")
-    parser.add_argument(
-        "--images", type=int, default=100, help="evaluation images of the embedded model; 0 leaves it out"
-    )
+    help_images = "evaluation images of the embedded model; 0 leaves it out"
+    parser.add_argument("--images", type=int, default=100, help=help_images)
     args = parser.parse_args()
-    print(
-        f"{'':<34} {'ms (est.)':>9} {'subgraphs':>9} {'CPU ops':>7} {'% MACs NPU':>9} {'MB':>6} {'build s':>8} {'agreement':>12}"
-    )
-    for name in args.target or ("bpu", "qnn"):
+    columns = f"{'estimate':>15} {'subgraphs':>9} {'CPU ops':>7} {'% MACs NPU':>10} {'MB':>6} {'build s':>7}"
+    print(f"{'':<36} {columns} {'agreement':>11}", flush=True)
+    for name in args.target or TARGETS:
         state = targets.get(name).available()
         if not state.available:
-            print(f"{name:<34} left out: {state.reason}; {state.fix}")
+            print(f"{name:<36} left out: {state.reason}; {state.fix}")
             continue
         if args.depth:
-            model = deit(args.size, args.depth)
             noise = np.random.default_rng(1).standard_normal((2, 3, 224, 224)).astype(np.float32)
-            compare(name, f"DeiT-{args.size} {args.depth} blocks", model, noise, args)
+            compare(name, f"DeiT-{args.size}-{args.depth}", deit(args.size, args.depth), noise, args)
         if args.images:
             model = checkpoint.load("demo")
             compare(name, "embedded", model, load(model, "demo", CALIBRATION), args)

@@ -144,11 +144,15 @@ def compress(
     zip: Annotated[bool, typer.Option("--zip", help="Write the bundle as one .zip file.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
     device: On = "local",
+    require_npu: Annotated[
+        bool, typer.Option("--require-npu", help="Exit 1 where a compiler leaves an operation to the CPU.")
+    ] = False,
 ) -> Result:
     """Prune, quantize, lower, verify, profile and bundle a model: the main job."""
     given = dict(locals())
     from compressor import show
     from compressor.cache import Cache, default_folder
+    from compressor.compiled import fallbacks, require_compilers
     from compressor.errors import ConfigError
     from compressor.inventory import default_file, resolve
     from compressor.output import file_or_folder
@@ -166,12 +170,15 @@ def compress(
         raise ConfigError(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
         )
+    if require_npu:
+        require_compilers(plan.targets)
     cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())
     race = race_here if where is None else race_on(where, console.note)
     with file_or_folder(out, force=force, zipped=zip) as folder:
         result = run(plan, folder, Tools(cache, console.progress, race))
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
-    return Result(result, show.compressed(result))
+    left = fallbacks(result["compiled"]) if require_npu else []
+    return Result(result, [*show.compressed(result), *left], exit_code=1 if left else 0)
 
 
 @command(app, "fingerprint", "vitrim fingerprint photos/ --model my_model/ --out device.json")

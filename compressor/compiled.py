@@ -6,6 +6,7 @@ named as one, with what it leaves out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 
 import targets
 from compressor.candidates import Contest, build, logits, precisions
+from compressor.errors import ConfigError
 from compressor.types import Array, Artifact, BuildOptions, Parity
 from compressor.verify import check_parity
 from targets import _estimate
 
-__all__ = ["Compiled", "compile_model", "is_compiled", "to_json"]
+__all__ = ["Compiled", "compile_model", "fallbacks", "is_compiled", "require_compilers", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,23 @@ def to_json(done: Compiled) -> dict[str, Any]:
         "parity": {**asdict(done.parity), "agreement": 100 * done.parity.agreement},
         **account,
     }
+
+
+def fallbacks(compiled: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each entry of ``compiled`` whose compiler left operations to the CPU."""
+    told = []
+    for entry in compiled:
+        if entry["cpu_ops"]:
+            first, *others = entry["cpu_ops"]
+            which = f"{first['name']} ({first['type']})" + (f" and {len(others)} more" if others else "")
+            told.append(f"{entry['name']}: on the CPU, not the NPU: {which}.")
+    return told
+
+
+def require_compilers(names: Sequence[str]) -> None:
+    """Raise ConfigError unless one of the targets `names` has a compiler that reports where operations run."""
+    if not any(is_compiled(name) for name in names):
+        known = ", ".join(name for name in targets.names() if is_compiled(name))
+        raise ConfigError(
+            f"--require-npu must go with a target for an NPU ({known}), got {', '.join(names) or 'none'}."
+        )

@@ -81,7 +81,9 @@ def compressed(result: Json) -> list[Any]:
         if t["kept_float"]:
             lines.append(f"{t['name']}: in float, since integers change too many answers: {', '.join(t['kept_float'])}")
     for c in result["compiled"]:
-        modelled = "no latency estimate" if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
+        cycles = sum(piece.get("cycles", 0) for piece in c["subgraphs"])
+        counted = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency estimate"
+        modelled = counted if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
         share = (
             f"{100 * c['npu_mac_share']:.0f} % of MACs on the accelerator, {len(c['cpu_ops'])} operations on the CPU"
         )

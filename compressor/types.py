@@ -198,8 +198,9 @@ class Capabilities:
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle", "halving"] = "conv"
-    softmax: Literal["node", "exp_conv"] = "node"
-    logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1) in the conv layout
+    patch_stride: int = 2  # the largest one that patch="halving" leaves to the last convolution
+    softmax: Literal["node", "exp"] = "node"
+    logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1)
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
     zero_points: bool = True  # whether integer activations may have one at no cost
     batch: Literal["dynamic", "static"] = "dynamic"

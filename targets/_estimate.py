@@ -78,11 +78,11 @@ def read(artifact: Artifact) -> Estimate:
 
 
 def macs_by_node(graph: onnx_ir.Model) -> dict[str, int]:
-    """Multiply-accumulates of every Conv and MatMul of a graph with a fixed batch, by node name."""
+    """Multiply-accumulates of every Conv, MatMul and Gemm of a graph with a fixed batch, by node name."""
     import onnx
     import onnx_ir
 
-    proto = onnx.shape_inference.infer_shapes(onnx_ir.to_proto(graph), strict_mode=True)
+    proto = onnx.shape_inference.infer_shapes(onnx_ir.to_proto(graph), strict_mode=True, data_prop=True)
     values = [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
     shapes |= {t.name: list(t.dims) for t in proto.graph.initializer}
@@ -90,7 +90,7 @@ def macs_by_node(graph: onnx_ir.Model) -> dict[str, int]:
     for node in proto.graph.node:
         if node.op_type == "Conv":
             macs[node.name] = prod(shapes[node.output[0]]) * prod(shapes[node.input[1]][1:])
-        elif node.op_type == "MatMul":
+        elif node.op_type in ("MatMul", "Gemm"):
             macs[node.name] = prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
     return macs
 

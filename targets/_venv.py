@@ -205,7 +205,12 @@ class Worker:
         self.log = log or self._scratch / "log"
         python = _python(recipe)
         command = [str(python), "-I", str(HOST), str(script), str(self._limits.memory_bytes)]
-        environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "TMPDIR": str(self._scratch),
+        }  # what a tool forgets goes with the worker
         with self.log.open("ab") as stream:
             self._start = stream.tell()
             self._process = subprocess.Popen(

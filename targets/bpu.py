@@ -1,10 +1,10 @@
 """D-Robotics RDK (Horizon BPU): compiled by the vendor's mapper, simulated on x86, latency from the compiler's timing model.
 
 The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout; the mapper calibrates and quantizes it
-itself on the images it is given. Measured with mapper 1.24.3 on DeiT-Tiny: everything but softmax is placed on the BPU. The
-vendor's option that moves softmax there makes the compiler run without end; ``softmax="exp_conv"`` keeps the network in one
-subgraph with no CPU operation, but with 197 tokens HBDK at O2 does not finish two blocks in twelve minutes, so it is not the
-default. Logits of rank 2 would be a reshape on the CPU.
+itself on the images it is given. Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no
+operation on the CPU. A softmax node would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves
+it, a ReduceMax, and a MaxPool over a whole row each make the compiler run without end at 197 tokens, and poolings in small
+windows do not (bench/results/npu.md). Logits of rank 2 would be a reshape on the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ CAPABILITIES = Capabilities(
     precisions=("w8a8",),
     norm="conv",
     patch="halving",  # one block of DeiT-Tiny at O2: 0.47 ms, against 1.95 with the 16 x 16 convolution
+    patch_stride=4,  # two blocks at O2: 1.111 ms, against 1.139 with 2 and 1.267 with 8
     gelu="erf",  # the mapper turns the whole pattern into one table look-up
+    softmax="exp",
     logits="map",
     qdq="none",
     batch="static",

@@ -9,9 +9,9 @@ go there. Exact steps, each a function of `conv_folds` or an identity of the net
 3. The bias of k changes no softmax and is dropped; the bias of v moves into proj's.
 4. Prefix tokens and positions are one constant table. A head that reads tokens 0..p-1 only needs those columns of the last
    block, and reading p tokens side by side is a 1 x p convolution.
-5. ``softmax="exp_conv"``: exp(s - max s), a convolution of ones over the key axis, a reciprocal and a product behind the
-   values. Without the maximum it is the same function, but its int8 form is useless: one row's largest exp sets the scale of
-   all of them (D-Robotics' mapper, embedded model: cosine of the first block's attention 0.30 without, 0.998 with).
+5. ``softmax="exp"``: exp(s - max s), a product with ones over the key axis, a reciprocal and a product behind the values. Any
+   number may be subtracted from a row; the maximum is what int8 needs: without it one row's largest exp sets the scale of all
+   of them (D-Robotics' mapper, embedded model: cosine of the first block's attention 0.30 without, 0.998 with).
 
 Source: Tang and Guo, "ViT on Brain Processing Unit", arXiv 2602.06300, for linears and norms as convolutions with inherited
 weights; the paper gives no code. The centring fold, the table and the softmax are ours.
@@ -26,6 +26,7 @@ from compressor.errors import ConfigError
 from compressor.lower import conv_folds as folds
 from compressor.lower.activations import activation
 from compressor.lower.graph import GraphBuilder
+from compressor.lower.patches import cropped, halved, strided
 from compressor.types import Array, BlockSpec, Capabilities, Model, Quantization
 
 __all__ = ["lower_conv"]
@@ -80,9 +81,7 @@ class _Conv:
         """(B, in, h, w) -> (B, C, 1, T), zero mean over C."""
         g, spec = self.graph, self.spec
         weight, bias = folds.centre(*self._linear("patch"))
-        forms = {"conv": self._strided, "unshuffle": self._unshuffled, "halving": self._halved}
-        patches = forms[self.form.patch](pixels, weight)
-        x = g.reshape("patch.flat", patches, (spec.embed_dim, 1, spec.grid[0] * spec.grid[1]))
+        x = g.reshape("patch.flat", self._patches(pixels, weight), (spec.embed_dim, 1, spec.grid[0] * spec.grid[1]))
         if spec.prefix_tokens:
             pads = g.ints("tokens.pads", [0, 0, 0, spec.prefix_tokens, 0, 0, 0, 0])
             x = g.op("tokens.pad", "Pad", x, pads)
@@ -91,36 +90,16 @@ class _Conv:
         table[spec.prefix_tokens :] += bias
         return g.op("tokens.add", "Add", x, g.constant("tokens.table", table.T[None, :, None, :].astype(np.float32)))
 
-    def _strided(self, x: ir.Value, weight: Array) -> ir.Value:
-        size = list(weight.shape[2:])
-        kernel = self.graph.constant("patch.weight", weight.astype(np.float32))
-        return self.graph.op("patch.conv", "Conv", x, kernel, kernel_shape=size, strides=size)
-
-    def _halved(self, x: ir.Value, weight: Array) -> ir.Value:
-        """As convolutions with stride 2, for chips that compute a larger stride at every second pixel and throw most away."""
-        g, spec, depth = self.graph, self.spec, 0
-        x = self._cropped(x)
-        while weight.shape[2] % 2 == 0 and weight.shape[3] % 2 == 0 and min(weight.shape[2:]) > 2:
-            kernel = folds.halving_kernel(spec.in_chans * 4**depth)
-            constant = g.constant(f"patch.halve{depth}.weight", kernel.astype(np.float32))
-            x = g.op(f"patch.halve{depth}", "Conv", x, constant, kernel_shape=(2, 2), strides=(2, 2))
-            weight, depth = folds.halve(weight), depth + 1
-        return self._strided(x, weight)
-
-    def _cropped(self, x: ir.Value) -> ir.Value:
-        """The whole patches: pixels beyond the last one are not read."""
-        for axis, size, cells, patch in zip(
-            (2, 3), self.spec.image_size, self.spec.grid, self.spec.patch_size, strict=True
-        ):
-            if cells * patch != size:
-                x = self.graph.slice(f"patch.crop{axis}", x, axis, 0, cells * patch)
-        return x
-
-    def _unshuffled(self, x: ir.Value, weight: Array) -> ir.Value:
+    def _patches(self, x: ir.Value, weight: Array) -> ir.Value:
+        """(B, in, h, w) -> (B, C, rows, cols), in the chip's form."""
         g, spec, p = self.graph, self.spec, self.spec.patch_size[0]
+        if self.form.patch == "conv":
+            return strided(g, x, weight)
+        if self.form.patch == "halving":
+            return halved(g, spec, x, weight, self.form.patch_stride)
         if spec.patch_size[1] != p:
             raise ConfigError(f"Patches must be square for patch form 'unshuffle', got {spec.patch_size}.")
-        x = g.op("patch.unshuffle", "SpaceToDepth", self._cropped(x), blocksize=p)
+        x = g.op("patch.unshuffle", "SpaceToDepth", cropped(g, spec, x), blocksize=p)
         return self._conv("patch", x, folds.patch_kernel(weight))
 
     # ------------------------------------------------------------------ blocks
@@ -157,7 +136,7 @@ class _Conv:
         q = g.reshape(f"{name}.q.heads", q, (h, block.qk_dim, rows))
         k = g.reshape(f"{name}.k.heads", k, (h, block.qk_dim, t))
         v = g.reshape(f"{name}.v.heads", v, (h, block.v_dim, t))
-        core = self._exp_attention if self.form.softmax == "exp_conv" else self._softmax_attention
+        core = self._exp_attention if self.form.softmax == "exp" else self._softmax_attention
         o = g.reshape(f"{name}.heads", core(name, (h, rows), q, k, v), (h * block.v_dim, 1, rows))
         weight, bias = self._linear(f"{name}.proj")
         weight, bias = folds.centre(weight, folds.value_bias_into_projection(weight, bias, value_bias))
@@ -194,23 +173,26 @@ class _Conv:
     def _exp_attention(self, name: str, sizes: tuple[int, int], q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """The same without a softmax node and with one transpose; rows are divided by their sums behind the values.
 
-        Keys stay on axis 2, next to the heads: (B, H, T, rows) is (B, H * T, 1, rows) to the convolution that sums over keys.
+        Keys stay on axis 2, so that a row's maximum is a pooling and its sum a product with ones.
         """
-        g, t, (h, rows) = self.graph, self.spec.tokens, sizes
+        g, t, (h, _) = self.graph, self.spec.tokens, sizes
         scores = g.op(f"{name}.scores", "MatMul", g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2)), q)
         peak = self._peak(f"{name}.peak", scores)
         e = g.op(f"{name}.exp", "Exp", g.op(f"{name}.centred", "Sub", scores, peak))  # in (0, 1]: int8 is enough
-        flat = g.reshape(f"{name}.exp.flat", e, (h * t, 1, rows))
-        sums = self._conv(f"{name}.sum", flat, np.ones((h, t, 1, 1)), group=h)
-        inverse = g.reshape(f"{name}.inverse.heads", g.op(f"{name}.inverse", "Reciprocal", sums), (h, 1, rows))
+        ones = g.constant(f"softmax.ones{h}", np.ones((1, h, 1, t), np.float32))
+        inverse = g.op(f"{name}.inverse", "Reciprocal", g.op(f"{name}.sum", "MatMul", ones, e))
         return g.op(f"{name}.divided", "Mul", g.op(f"{name}.values", "MatMul", v, e), inverse)
 
     def _peak(self, name: str, scores: ir.Value) -> ir.Value:
-        """(B, H, T, rows) -> (B, H, 1, rows): the largest score of each row."""
-        g = self.graph
-        if g.opset >= 18:
-            return g.op(name, "ReduceMax", scores, g.ints("keys.axis", [2]), keepdims=1)
-        return g.op(name, "ReduceMax", scores, axes=(2,), keepdims=1)
+        """(B, H, T, rows) -> (B, H, 1, rows): the largest score of each row, by poolings that follow each other."""
+        x, left = scores, self.spec.tokens
+        for i, window in enumerate(folds.pooling_windows(left)):
+            missing = -left % window  # minus infinity to a maximum
+            x = self.graph.op(
+                f"{name}{i}", "MaxPool", x, kernel_shape=(window, 1), strides=(window, 1), pads=(0, 0, missing, 0)
+            )
+            left = (left + missing) // window
+        return x
 
     def _mlp(self, name: str, block: BlockSpec, y: ir.Value) -> ir.Value:
         g, norm = self.graph, f"{name}.norm2"

@@ -20,6 +20,7 @@ __all__ = [
     "key_scale_into_query",
     "mean_kernel",
     "patch_kernel",
+    "pooling_windows",
     "value_bias_into_projection",
 ]
 
@@ -100,3 +101,19 @@ def halving_kernel(channels: int) -> Array:
 def head_kernel(weight: Array, rows: int) -> Array:
     """(classes, rows * C) -> (classes, C, 1, rows): a classifier over `rows` tokens side by side is one 1 x rows convolution."""
     return weight.reshape(len(weight), rows, -1).transpose(0, 2, 1)[:, :, None, :]
+
+
+def pooling_windows(count: int) -> tuple[int, ...]:
+    """Windows, each as long as its stride, of poolings that reduce `count` values to one, in halves first.
+
+    Any windows give the same maximum; chips pool neighbours in pairs fast. HBDK at O2, 197 keys, microseconds of two DeiT-Tiny
+    blocks and one that classifies: 2301 with (15, 14), 1957 with (2, 10, 10), 1908 with (2, 2, 2, 5, 5), 1830 with these.
+
+    >>> pooling_windows(197)  # 99, 50, 25, 13, 1
+    (2, 2, 2, 2, 13)
+    """
+    windows = []
+    while count > 16:
+        windows.append(2)
+        count = -(-count // 2)
+    return (*windows, count)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from compressor.errors import ConfigError
 from compressor.lower.activations import activation
 from compressor.lower.graph import CONTRIB, GraphBuilder
+from compressor.lower.patches import cropped, halved
 from compressor.lower.qdq import Linears
 from compressor.types import BlockSpec, Capabilities, Model, Quantization
 
@@ -35,7 +37,7 @@ def lower_tokens(model: Model, capabilities: Capabilities, quantization: Quantiz
         last = i == len(spec.blocks) - 1
         x = emitter.block(f"blocks.{i}", block, x, rows if last else spec.tokens)
     logits = emitter.classify(x, rows)
-    return g.finish("vitrim", logits, (spec.num_classes or spec.pooled_dim,))
+    return g.finish("vitrim", logits, emitter.shape)
 
 
 class _Tokens:
@@ -47,6 +49,8 @@ class _Tokens:
         self.form = capabilities
         self.graph = GraphBuilder(capabilities.opset, "batch" if capabilities.batch == "dynamic" else 1)
         self.linears = Linears(self.graph, model.weights, capabilities, quantization)
+        classes = self.spec.num_classes or self.spec.pooled_dim
+        self.shape = (classes, 1, 1) if capabilities.logits == "map" else (classes,)  # of the logits, behind the batch
 
     # ------------------------------------------------------------------ embedding
 
@@ -63,15 +67,17 @@ class _Tokens:
 
     def _patch_conv(self, x: ir.Value) -> ir.Value:
         g, (rows, cols), c = self.graph, self.spec.grid, self.spec.embed_dim
-        x = self.linears.conv("patch", "patch", x)  # (B, C, rows, cols)
+        if self.form.patch == "halving":
+            if self.linears.quantized("patch", "patch"):
+                raise ConfigError("Capabilities.patch of a quantized graph must be conv or unshuffle, got 'halving'.")
+            x = halved(g, self.spec, x, self.weights["patch.weight"], self.form.patch_stride)
+        else:
+            x = self.linears.conv("patch", "patch", x)  # (B, C, rows, cols)
         return g.op("patch.transpose", "Transpose", g.reshape("patch.flat", x, (c, rows * cols)), perm=(0, 2, 1))
 
     def _patch_matmul(self, x: ir.Value) -> ir.Value:
         g, spec, (rows, cols), (p, q) = self.graph, self.spec, self.spec.grid, self.spec.patch_size
-        for axis, used in ((2, rows * p), (3, cols * q)):  # pixels beyond the last whole patch are not read
-            if used != spec.image_size[axis - 2]:
-                x = g.slice(f"patch.crop{axis}", x, axis, 0, used)
-        x = g.reshape("patch.split", x, (spec.in_chans, rows, p, cols, q))
+        x = g.reshape("patch.split", cropped(g, spec, x), (spec.in_chans, rows, p, cols, q))
         x = g.op("patch.unshuffle", "Transpose", x, perm=(0, 2, 4, 1, 3, 5))
         x = g.reshape("patch.flat", x, (rows * cols, spec.in_chans * p * q))
         return self.linears.matmul("patch", "patch", x, ("patch",), None)
@@ -194,14 +200,17 @@ class _Tokens:
     # ------------------------------------------------------------------ pooling and head
 
     def classify(self, x: ir.Value, rows: int) -> ir.Value:
-        """(B, rows, C) -> (B, classes), or (B, pooled) without a classifier."""
+        """(B, rows, C) -> (B, classes), or (B, pooled) without a classifier; as a map, (B, classes, 1, 1)."""
         g, spec = self.graph, self.spec
         pooled = self._pool(x, rows)
-        if not spec.num_classes:
-            return g.op("logits", "Identity", pooled)
-        pooled = self.linears.input("head", pooled, "head")
-        head = self.linears.matmul("head", "head", pooled, ("head",), None)
-        return g.op("logits", "Add", head, g.constant("head.bias", self.weights["head.bias"]))
+        last = "logits" if self.form.logits == "matrix" else "logits.matrix"
+        if spec.num_classes:
+            pooled = self.linears.input("head", pooled, "head")
+            head = self.linears.matmul("head", "head", pooled, ("head",), None)
+            logits = g.op(last, "Add", head, g.constant("head.bias", self.weights["head.bias"]))
+        else:
+            logits = g.op(last, "Identity", pooled)
+        return logits if self.form.logits == "matrix" else g.reshape("logits", logits, self.shape)
 
     def _pool(self, x: ir.Value, rows: int) -> ir.Value:
         g, spec = self.graph, self.spec

@@ -88,6 +88,27 @@ def test_any_shape_computes_the_model(layers, pool, size, prefix, classes, form)
     assert np.abs(run(lower(model, FORMS[form]), pixels) - torch_logits(model, pixels)).max() < FLOAT
 
 
+@pytest.mark.parametrize(("stride", "halvings"), [(2, 2), (4, 1), (8, 0)])
+def test_halved_patches_compute_the_model(stride, halvings):
+    model = random_model(VitSpec((19, 16), (8, 8), 3, 12, (BlockSpec(1, 8, 8, 16),), num_classes=5))
+    graph = lower(model, replace(PLAIN, patch="halving", patch_stride=stride, opset=18))
+    assert sum(node.name.startswith("patch.halve") for node in graph.graph) == halvings
+    last = next(node for node in graph.graph if node.name == "patch.conv")
+    assert tuple(last.attributes["strides"].as_ints()) == (stride, stride)
+    pixels = random_pixels(model.spec, 2)
+    assert np.abs(run(graph, pixels) - torch_logits(model, pixels)).max() < FLOAT
+
+
+@pytest.mark.parametrize("name", ["token_avg", "distilled"])
+@pytest.mark.parametrize("batch", ["static", "dynamic"])
+def test_logits_as_a_map_are_the_same_numbers(name, batch):
+    model = random_model(SPECS[name])
+    graph, pixels = lower(model, replace(PLAIN, logits="map", batch=batch)), random_pixels(model.spec, 1)
+    got = run(graph, pixels)
+    assert got.shape == (1, model.spec.num_classes, 1, 1) and list(graph.graph.outputs[0].shape)[1:] == [*got.shape[1:]]
+    assert np.abs(got[:, :, 0, 0] - torch_logits(model, pixels)).max() < FLOAT
+
+
 @pytest.mark.parametrize("name", ["unequal widths", "token_avg", "swiglu", "gelu_tanh", "qk_norm"])
 @pytest.mark.parametrize("opset", [13, 17, 18, 20, 21])
 def test_every_opset_computes_the_model(name, opset):
@@ -268,6 +289,8 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
         lower(model, replace(PLAIN, qdq="all_tensors"), plan)
     with pytest.raises(ConfigError, match="must be 'unshuffle', got 'conv'"):
         lower(model, replace(ORT, patch="conv"), plan)
+    with pytest.raises(ConfigError, match="must be conv or unshuffle, got 'halving'"):
+        lower(model, replace(PLAIN, patch="halving"), plan)
     with pytest.raises(ConfigError, match=r"all or none must be quantized, got \['blocks.0.k', 'blocks.0.v'\]"):
         lower(model, PLAIN, Quantization({n: q for n, q in plan.weights.items() if ".q." not in n}, plan.activations))
     per_channel = {s: QParams(np.ones(3, np.float32), 0, 8, axis=1) for s in plan.activations}

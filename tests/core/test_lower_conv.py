@@ -214,7 +214,7 @@ def pixels(spec: VitSpec) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("softmax_form", ["node", "exp_conv"])
+@pytest.mark.parametrize("softmax_form", ["node", "exp"])
 def test_graph_computes_the_model(name, softmax_form):
     m = model(SPECS[name])
     x = pixels(m.spec)
@@ -228,7 +228,7 @@ def test_graph_computes_the_model(name, softmax_form):
 def test_opset_batch_and_patch_form_change_nothing(opset, batch, patch):
     m = model(SPECS["odd image"])
     x = pixels(m.spec)
-    form = replace(RDK, opset=opset, batch=batch, patch=patch, gelu="node", softmax="exp_conv")
+    form = replace(RDK, opset=opset, batch=batch, patch=patch, gelu="node", softmax="exp")
     graph = lower(m, form)
     assert graph.graph.opset_imports == {"": opset}
     assert np.abs(run(graph, x) - torch_logits(m, x)).max() < FLOAT
@@ -237,7 +237,7 @@ def test_opset_batch_and_patch_form_change_nothing(opset, batch, patch):
 def test_a_free_batch_axis_takes_several_images():
     m = model(SPEC)
     x = pixels(SPEC)
-    for form in ("node", "exp_conv"):
+    for form in ("node", "exp"):
         proto = ir.to_proto(lower(m, replace(RDK, batch="dynamic", softmax=form))).SerializeToString()
         session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
         assert np.abs(session.run(None, {"pixels": x})[0] - torch_logits(m, x)).max() < FLOAT
@@ -259,7 +259,7 @@ def test_the_comparison_sees_one_changed_weight():
 
 def test_the_graph_is_four_dimensional_and_small():
     """What makes the compiler keep it whole: no rank 5, no Gather or Split, no -1, one transpose, four nodes per norm."""
-    graph = lower(model(SPEC), replace(RDK, softmax="exp_conv"))
+    graph = lower(model(SPEC), replace(RDK, softmax="exp"))
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(graph), strict_mode=True)
     constants = graph.graph.initializers
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in proto.graph.value_info if v.name not in constants}
@@ -291,12 +291,29 @@ def test_logits_as_a_map_need_no_reshape():
     assert np.abs(got[:, :, 0, 0] - torch_logits(m, x)).max() < FLOAT
 
 
-def test_exp_conv_does_not_overflow():
+def test_poolings_end_in_one_value_and_none_is_wide():
+    for count in range(1, 1200):
+        left = count
+        for window in folds.pooling_windows(count):
+            left = -(-left // window)
+        assert left == 1 and max(folds.pooling_windows(count)) <= 16
+
+
+def test_the_largest_score_is_pooled_in_pairs_first():
+    m = model(replace(SPEC, image_size=(36, 36)))  # 82 tokens: 41, 21 and 11 after pairs
+    graph = lower(m, replace(RDK, softmax="exp"))
+    pools = [n for n in graph.graph if n.op_type == "MaxPool" and n.name.startswith("blocks.0.")]
+    assert [tuple(n.attributes["kernel_shape"].as_ints()) for n in pools] == [(2, 1), (2, 1), (2, 1), (11, 1)]
+    x = pixels(m.spec)
+    assert np.abs(run(graph, x) - torch_logits(m, x)).max() < FLOAT
+
+
+def test_exp_does_not_overflow():
     """Scores of several hundred: exp of them is infinite in float32, exp of their distance to the largest is not."""
     loud = {f"blocks.0.{p}.weight": 40 * model(SPEC).weights[f"blocks.0.{p}.weight"] for p in "qk"}
     m = model(SPEC).with_weights(SPEC, loud)
     x = pixels(SPEC)
-    got = run(lower(m, replace(RDK, softmax="exp_conv")), x)
+    got = run(lower(m, replace(RDK, softmax="exp")), x)
     assert np.abs(got - torch_logits(m, x)).max() < 100 * FLOAT  # scores of 1e3 carry errors of 1e-4 themselves
 
 

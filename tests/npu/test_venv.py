@@ -15,7 +15,8 @@ import os, sys, time
 def echo(arguments, arrays):
     import extra
     print("the tool chats on stdout")
-    return {"word": extra.WORD, "got": arguments, "prefix": sys.prefix}, {}
+    import tempfile
+    return {"word": extra.WORD, "got": arguments, "prefix": sys.prefix, "left": tempfile.mkdtemp()}, {}
 def fail(arguments, arrays):
     raise ValueError("node blocks.0.softmax is odd")
 def crash(arguments, arrays):
@@ -71,6 +72,8 @@ def test_a_worker_answers_from_its_own_environment_and_its_prints_are_the_log(wo
         assert reply["word"] == "carried" and reply["got"] == {"a": 1} and arrays == {}
         assert Path(reply["prefix"]) == home / "vitrim" / "venvs" / "plain"
         assert tool.call("echo", {"a": 2})[0]["got"] == {"a": 2}
+        assert Path(reply["left"]).is_dir()
+    assert not Path(reply["left"]).exists()  # nor anything else the tool forgot
     assert "the tool chats on stdout" in tool.log.read_text()
 
 

@@ -1,0 +1,234 @@
+"""Rockchip NPU (RK3588 and its relatives): quantized and compiled by rknn-toolkit2, proven on its simulator, counted in cycles.
+
+The graph is the token layout at opset 18: the compiler fuses its LayerNormalization, softmax attention and erf GELU, and turns
+every product with weights into a convolution by itself. Measured with rknn-toolkit2 2.5.0 on DeiT-Tiny, rk3588: nothing is
+left on the CPU but the conversion of the input and of the output. A 16 x 16 patch convolution is computed with stride 4 and
+three quarters of each axis thrown away: 4.35 M cycles, against 0.12 M behind two exact halvings of the image; a pixel
+unshuffle costs 0.23 M and leaves a reshape on the CPU, as logits of rank 2 would.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.errors import ConfigError, TargetUnavailable
+from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
+from targets import _estimate, _venv
+from targets._artifacts import check_files, check_precision, describe
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+
+NAME = "rknn"
+CAPABILITIES = Capabilities(
+    layout="tokens",
+    opset=18,
+    precisions=("w8a8",),
+    gelu="erf",  # fused with the convolution before it
+    patch="halving",
+    patch_stride=4,  # a larger one is split
+    logits="map",
+    qdq="none",
+    batch="static",
+)
+CHIPS = ("rk3588", "rk3576", "rk3562", "rk3568", "rk3566")
+LIMITS = _venv.Limits(seconds=1800)
+SCRIPT = Path(__file__).with_name("_rknn_worker.py")
+RECIPE = _venv.Recipe(
+    name=NAME,
+    python="3.11",
+    steps=(
+        ("--no-deps", "rknn-toolkit2==2.5.0"),
+        (
+            *(
+                "numpy==1.26.4",
+                "onnx==1.18.0",
+                "onnxruntime==1.23.2",
+                "protobuf==4.25.4",
+                "opencv-python-headless<4.12",
+            ),
+            *("scipy", "fast-histogram", "ruamel.yaml", "psutil", "tqdm"),
+        ),
+        ("torch==2.13.0",),
+        ("setuptools<81",),  # last: the toolkit imports pkg_resources
+    ),
+    module="rknn.api",
+    package="rknn-toolkit2",
+)
+SUFFIXES = (".rknn", ".simulator.model", ".simulator.data", ".simulator.cfg")  # of what the worker leaves, in its order
+KNOWN = {
+    "No module named 'pkg_resources'": "Its setuptools is too new: run vitrim doctor --install rknn.",
+    "_p_fuse_": "A fusion rule of the toolkit failed on this graph; the log names it.",
+    "No space left": "Free some disk space.",
+}
+HEADER = re.compile(r"\] ID +OpType +DataType +Target .*$", re.M)
+ROW = re.compile(r"\] (\d+) +(\w+) +(\w+) +(CPU|NPU) .*? \d+/\d+/(\d+) +(?:\d+% +)?(\d+) *(\S*) *$", re.M)
+ENDS = ("InputOperator", "OutputOperator")  # conversions around the network, no operations of it
+
+
+def available() -> Availability:
+    """Whether the toolkit's environment is installed; starts nothing."""
+    return _venv.availability(RECIPE)
+
+
+def install(say: Callable[[str], None]) -> Path:
+    """Create the toolkit's environment (Python 3.11, about 1.5 GB); `say` gets one sentence per step.
+
+    Raises:
+        TargetUnavailable: there is no Python 3.11, or pip failed.
+    """
+    return _venv.install(RECIPE, say)
+
+
+def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+    """A ``.rknn`` for the board, what the simulator compiles it from, the placement and the log with the table of cycles.
+
+    ``options.chip`` is rk3588 (the default), rk3576, rk3562, or rk3568 and rk3566, whose softmax stays on the CPU.
+
+    Raises:
+        ConfigError: the precision or chip is unknown, or there are no calibration images.
+        TargetUnavailable: the toolkit is not installed, failed, or took too long.
+    """
+    import onnx_ir
+
+    check_precision(NAME, CAPABILITIES, options)
+    chip = options.chip or CHIPS[0]
+    if chip not in CHIPS:
+        raise ConfigError(f"The chip of target 'rknn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    if not options.calibration:
+        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'rknn', got none.")
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    log = options.out_dir / f"{options.name}.build.log"
+    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
+        source = Path(folder) / "model.onnx"
+        source.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+        arguments = {"onnx": str(source), "chip": chip}
+        reply, _ = worker.call("compile", arguments, {"calibration": np.concatenate(options.calibration)})
+        kept = [options.out_dir / f"{options.name}{suffix}" for suffix in SUFFIXES]
+        files = tuple(Path(shutil.copyfile(*pair)) for pair in zip(reply["files"], kept, strict=True))
+    estimate = _parse(log.read_text(encoding="utf-8", errors="replace"), graph, chip)
+    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
+    artifact = describe(NAME, graph, options, files, {"chip": chip})
+    return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
+
+
+def open(artifact: Artifact, threads: int = 1) -> RknnSession:
+    """The toolkit's simulation of `artifact` on this CPU: the integers of the chip, at no speed that means anything.
+
+    Raises:
+        TargetUnavailable: the toolkit is not installed.
+        BundleError: a file is missing or changed.
+    """
+    del threads  # Unused: the simulator decides
+    check_files(artifact)
+    return RknnSession(artifact)
+
+
+class RknnSession:
+    """A process that simulates one quantized model."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        parts = [next(str(f.resolve()) for f in artifact.files if f.name.endswith(suffix)) for suffix in SUFFIXES[1:]]
+        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self._worker.call("load", {"parts": parts})
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; the model's batch is one, so images are simulated one after the other."""
+        (spec,) = self._artifact.outputs
+        _, outputs = self._worker.call("run", {"output": spec.name}, inputs)
+        return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:])}
+
+    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
+        """Every operation with its placement, as the compiler reported it; times are unknown."""
+        del inputs  # Unused: placement was decided when the model was built
+        return self.estimate().ops
+
+    def estimate(self) -> _estimate.Estimate:
+        """Placement and the compiler's cycles per piece; there is no latency in it."""
+        return _estimate.read(self._artifact)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the compiler's table; several may come from one node, and one from several."""
+
+    op: OpRecord
+    cycles: int
+    kilobytes: int  # read and written
+
+
+def _parse(log: str, graph: onnx_ir.Model, chip: str) -> _estimate.Estimate:
+    """The last table of operations in `log`."""
+    rows = _rows(log)
+    pieces = tuple(_piece(i, piece) for i, piece in enumerate(_runs(rows)))
+    uncounted = sorted({row.op.type for row in rows if row.op.placement == "NPU" and not row.cycles})
+    version = next(iter(re.findall(r"rknn-toolkit2 version: ([\w.]+)", log)), "of unknown version")
+    return _estimate.Estimate(
+        estimator=f"rknn-toolkit2 {version} cycle table, {chip}",
+        leaves_out=f"a latency; cycles of {', '.join(uncounted)}; CPU operations; converting the input and the output",
+        latency_ms=None,
+        subgraphs=pieces,
+        ops=tuple(row.op for row in rows),
+        npu_mac_share=_mac_share(rows, graph),
+    )
+
+
+def _rows(log: str) -> list[Row]:
+    table = HEADER.split(log)[-1] if HEADER.search(log) else ""
+    found = [match.groups() for match in ROW.finditer(table)]
+    if not found or [int(row[0]) for row in found] != list(range(len(found))):
+        raise TargetUnavailable("The toolkit must report where its operations run, got no whole table in its log.")
+    rows = []
+    for number, kind, dtype, place, total, kilobytes, full in found:
+        name = full.partition(":")[2] or f"{kind}{number}"
+        rows.append(Row(OpRecord(name, kind, place, dtype.lower(), 0.0), int(total), int(kilobytes)))
+    return [row for row in rows if row.op.type not in ENDS]
+
+
+def _runs(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows that follow each other on the NPU."""
+    for place, run in groupby(rows, lambda row: row.op.placement):
+        if place == "NPU":
+            yield list(run)
+
+
+def _piece(number: int, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "name": f"npu_{number}",
+        "cycles": sum(row.cycles for row in rows),
+        "ddr_bytes": 1024 * sum(row.kilobytes for row in rows),
+        "cycles_by_op": {row.op.name: row.cycles for row in rows if row.cycles},
+    }
+
+
+def _mac_share(rows: list[Row], graph: onnx_ir.Model) -> float:
+    """Share of the multiply-accumulates that no row puts on the CPU; the table is whole, but fused products lose their names."""
+    macs = _estimate.macs_by_node(graph)
+    away = {name for row in rows if row.op.placement == "CPU" for name in _nodes(row, graph)}
+    return 1 - sum(macs.get(name, 0) for name in away) / max(1, sum(macs.values()))
+
+
+def _nodes(row: Row, graph: onnx_ir.Model) -> Iterator[str]:
+    """The graph's nodes behind `row`, whose name extends that of one; fused attention stands for both its products."""
+    named = [node for node in graph.graph if node.name and row.op.name.startswith(node.name)]
+    node = max(named, key=lambda node: len(node.name or ""), default=None)
+    if node is not None:
+        yield node.name or ""
+    if node is not None and row.op.type == "exSDPAttention":
+        first = node.inputs[0].producer()  # type: ignore[union-attr]
+        while first is not None and first.op_type != "MatMul":
+            first = first.inputs[0].producer()  # type: ignore[union-attr]
+        if first is not None:
+            yield first.name or ""
