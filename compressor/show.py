@@ -75,6 +75,7 @@ def compressed(result: Json) -> list[Any]:
     columns = ["target", "kept", "before ms", "after ms", "speed-up", "MB", "top-1"]
     lines: list[Any] = [_table(f"{result['model']}", ["", "before", "after"], size), _table("Targets", columns, rows)]
     lines += [f"{t['name']}: {t['reason']}" for t in result["targets"]]
+    lines += [t["pruning"]["sentence"] for t in result["targets"] if t.get("pruning") and t["pruning"]["sentence"]]
     for c in result["compiled"]:
         modelled = "no latency estimate" if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
         share = (

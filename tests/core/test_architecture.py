@@ -40,7 +40,7 @@ ORCHESTRATION = {
         "remote",
         "search",
     ),
-    *("stages", "worker"),
+    *("stages", "verdicts", "worker"),
 }
 
 
