@@ -253,6 +253,20 @@ def test_weight_entropy_is_lowest_for_a_constant_block() -> None:
     assert entropy[1] == 0 and min(entropy[0], entropy[2]) > 1
 
 
+def test_importance_by_entropy_drops_the_block_of_two_weights_and_reports_its_cost() -> None:
+    model = make(*(BlockSpec(2, 8, 8, 20),) * 4)
+    matrices = [n for n, w in model.weights.items() if n.startswith("blocks.2") and w.ndim == 2]
+    model = replace(model, weights=model.weights | {n: 0.5 * np.sign(model.weights[n]) for n in matrices})
+    idle = {f"blocks.0.{part}.weight": 0 * model.weights[f"blocks.0.{part}.weight"] for part in ("proj", "fc2")}
+    model = replace(model, weights=model.weights | idle)  # the one that the output would not miss
+    dropped = {}
+    for importance in ("output", "entropy"):
+        config = ObsConfig(drop_blocks=1, importance=importance)  # type: ignore[arg-type]
+        (report,) = (r for r in run(model, pixels(20), config).blocks if r.part == "block")
+        dropped[importance] = (report.block, report.predicted > 1e-3)
+    assert dropped == {"output": (0, False), "entropy": (2, True)}
+
+
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_target_is_met_and_nearly_used(kind: str) -> None:
     model = make(*(BlockSpec(2, 16, 16, 96),) * 2)
@@ -289,6 +303,7 @@ def test_no_images_and_too_many_dropped_blocks_are_refused() -> None:
         ({"target_macs": 1.5}, r"target_macs must be in \(0, 1\), got 1\.5"),
         ({"target_macs": 0.5, "target_params": 0.5}, "target_macs and target_params must not be combined"),
         ({"target_macs": 0.5, "mlp_ratio": 0.5}, "target_macs must not be combined with ratios"),
+        ({"importance": "size"}, "ObsConfig.importance must be one of entropy, output, got 'size'"),
         ({"drop_blocks": -1}, "drop_blocks must be at least 0, got -1"),
         ({"damping": -1.0}, r"damping must be auto or a positive number, got -1\.0"),
         ({"damping": "car"}, "damping must be auto or a positive number, got 'car'"),
