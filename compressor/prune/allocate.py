@@ -8,6 +8,9 @@ parts of
     change at half * curve(size) / curve(half)
 
 which is minimised under the budget on the lower convex hulls of the curves: always the cheapest next step.
+
+Used whenever a budget is asked for; ratios mean what they say, the same share of every block. At equal MACs the
+divergence from the dense network was 0.2 to 0.5 of that of one ratio for all (`bench/pruning.py`, two trained models).
 """
 
 from __future__ import annotations
