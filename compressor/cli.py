@@ -112,8 +112,12 @@ def compress(
     drop_blocks: Annotated[
         int | None, typer.Option(help="Whole blocks removed, least important first (obs only).")
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="What ranks blocks: output (default, their effect) or entropy (of weights, no data)."),
+    ] = None,
     target_macs: Annotated[
-        float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block.")
+        float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block, which beats ratios.")
     ] = None,
     target_params: Annotated[float | None, typer.Option(help="Share of parameters to keep, likewise.")] = None,
     damping: Annotated[float | None, typer.Option(help="Ridge of the fits; default: by held-out error.")] = None,

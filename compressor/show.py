@@ -80,6 +80,8 @@ def compressed(result: Json) -> list[Any]:
         lines.append(f"{t['name']}: {t['reason']}")
         if t["kept_float"]:
             lines.append(f"{t['name']}: in float, since integers change too many answers: {', '.join(t['kept_float'])}")
+        if t["pruning"] and t["pruning"]["sentence"]:
+            lines.append(t["pruning"]["sentence"])
     for c in result["compiled"]:
         cycles = sum(piece.get("cycles", 0) for piece in c["subgraphs"])
         counted = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency estimate"

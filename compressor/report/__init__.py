@@ -163,7 +163,7 @@ def _targets(report: Json) -> list[dict[str, Any]]:
                 "speedup": _times(old / new),
                 "interval": _p50_note(report, t),
                 "reverted": bool(t["reverted"]),
-                "reason": t.get("reason") or "",
+                "reason": " ".join(filter(None, (t.get("reason"), (t.get("pruning") or {}).get("sentence")))),
             }
         )
     return rows

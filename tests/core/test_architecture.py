@@ -47,7 +47,7 @@ ORCHESTRATION = {
         "runner",
         "search",
     ),
-    *("stages", "transport", "worker"),
+    *("stages", "transport", "verdicts", "worker"),
 }
 
 
