@@ -40,7 +40,8 @@ from compressor.device import fingerprint
 from compressor.intervals import paired_ratio
 from compressor.lower import lower
 from compressor.prune import ObsConfig, obs
-from compressor.quantize import QuantizeConfig, quantize
+from compressor.quantize import quantize
+from compressor.quantize.plan import for_target
 from compressor.types import (
     Array,
     BlockSpec,
@@ -220,7 +221,7 @@ def theirs(model: Model, files: Mapping[str, Path], threads: int) -> list[Contes
 
 def plan(model: Model) -> Quantization:
     stats = observe(to_torch(model), images(model.spec, 8), ObservePlan(moments=(), pair_energy=False))
-    return quantize(model, stats, QuantizeConfig("w8a8"))
+    return quantize(model, stats, for_target(targets.get("ort").CAPABILITIES, "w8a8"))
 
 
 def session_run(session: Session) -> Run:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latency import deit, images
+from latency import images, network, spec_of
 
 import targets
 from calibration.observe import ObservePlan, observe
 from compressor.lower import lower
 from compressor.quantize import quantize
 from compressor.quantize.plan import for_target
-from compressor.types import BuildOptions, Model, Precision, Session
+from compressor.types import Array, BuildOptions, Model, Precision, Session
 from compressor.vit import to_torch
 
 OFFSETS = {"mlp": (0, 1, 2, 4, 8, 12, 16, 24, 32), "qk": (0, 1, 2, 4, 8, 12, 16)}
@@ -34,30 +34,24 @@ BASE = {"mlp": 0.5, "qk": 0.5}  # of the full width, the size that a pruned mode
 
 def model_of(shape: str, part: str, extra: int) -> Model:
     """Two blocks with half the width of `part`, and `extra` units on top; random weights."""
-    whole = deit(shape, 0.0)
-    block = whole.spec.blocks[0]
+    whole = spec_of(shape)
+    block = whole.blocks[0]
     width = round(BASE[part] * (block.mlp_dim if part == "mlp" else block.qk_dim)) + extra
     block = replace(block, mlp_dim=width) if part == "mlp" else replace(block, qk_dim=width)
-    spec = replace(whole.spec, blocks=(block,) * 2)
-    rng = np.random.default_rng(0)
-    weights = {
-        n: (0.02 * rng.standard_normal(s) + ("norm" in n and n.endswith("weight"))).astype(np.float32)
-        for n, s in spec.shapes().items()
-    }
-    return Model(spec, weights, whole.preprocess)
+    return network(replace(whole, blocks=(block,) * 2))
 
 
 def open_session(model: Model, name: str, precision: Precision, folder: Path) -> Session:
     target, plan = targets.get(name), None
     if precision == "w8a8":
-        stats = observe(to_torch(model), images(2), ObservePlan(moments=(), pair_energy=False))
+        stats = observe(to_torch(model), images(model.spec, 2), ObservePlan(moments=(), pair_energy=False))
         plan = quantize(model, stats, for_target(target.CAPABILITIES, precision))
     return target.open(target.build(lower(model, target.CAPABILITIES, plan), BuildOptions(folder, precision)))
 
 
-def race(sessions: list[Session], rounds: int) -> np.ndarray:
+def race(sessions: list[Session], pixels: Array, rounds: int) -> Array:
     """(rounds, sessions) seconds."""
-    (pixels,), order, shuffler = images(1), list(range(len(sessions))), random.Random(0)
+    order, shuffler = list(range(len(sessions))), random.Random(0)
     times = np.zeros((rounds + 3, len(sessions)))
     for row in times:
         shuffler.shuffle(order)
@@ -85,7 +79,7 @@ def main() -> None:
             for precision in ("fp32", "w8a8"):
                 with tempfile.TemporaryDirectory() as folder:
                     sessions = [open_session(m, name, precision, Path(folder) / str(i)) for i, m in enumerate(models)]
-                    times = race(sessions, options.rounds)
+                    times = race(sessions, images(models[0].spec, 1)[0], options.rounds)
                 waste = np.median(times / times[:, :1], axis=0) / (macs / macs[0])
                 print(f"| {name} {precision} | " + " | ".join(f"{w:.2f}" for w in waste) + " |", flush=True)
 
