@@ -49,6 +49,7 @@ def render(report: Json) -> str:
         "headline": _headline,
         "targets": _targets,
         "front": lambda r: Markup(chart) if (chart := _front(r)) else None,  # compressor.report.charts escapes
+        "searched": lambda r: bool(r.get("search")),
         "blocks": _blocks,
         "parts": _parts,
         "ecdf": lambda r: Markup(chart) if (chart := _ecdf(r)) else None,  # compressor.report.charts escapes
