@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "compared", "compressed", "model", "profile", "searched"]
+__all__ = ["accuracy", "compared", "compressed", "model", "placement", "profile", "searched"]
 
 Json = Mapping[str, Any]
 
@@ -50,6 +50,29 @@ def model(facts: Json) -> list[Any]:
         _table("", ["blocks", "heads", "qk", "v", "mlp"], rows),
         f"{images}, mean {p['mean']}, std {p['std']}",
     ]
+
+
+def placement(found: Json) -> list[Any]:
+    """`inspect --target`: what stays off the accelerator, and the widths it pads."""
+    where = f"{found['target']}{' ' + found['chip'] if found['chip'] else ''}"
+    if not found["unsupported"]:
+        lines: list[Any] = [
+            f"{where}: nothing known keeps any of the {found['operations']} operations off the accelerator"
+        ]
+    else:
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for f in found["unsupported"]:
+            alike.setdefault((f["op"], f["reason"], f["source"]), []).append(f["name"])
+        rows = [[op, len(names), names[0], reason, source] for (op, reason, source), names in alike.items()]
+        told = len(found["unsupported"])
+        title = f"{where}: {told} of {found['operations']} operations will not run on the accelerator"
+        lines = [_table(title, ["operation", "times", "first", "reason", "source"], rows)]
+    if found["widths"]:
+        rows = [[w["name"], w["width"], w["padded"]] for w in found["widths"]]
+        lines.append(
+            _table(f"Widths padded to multiples of {found['widths'][0]['multiple']}", ["", "width", "as"], rows)
+        )
+    return lines
 
 
 def compressed(result: Json) -> list[Any]:

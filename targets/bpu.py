@@ -22,12 +22,14 @@ import numpy as np
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
 from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe, tensor_specs
+from targets._artifacts import check_chip, check_files, check_precision, describe, tensor_specs
+from targets._bpu_constraints import TABLES
+from targets._constraints import Table
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "compile_graph", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "compile_graph", "constraints", "install", "open"]
 
 NAME = "bpu"
 CAPABILITIES = Capabilities(
@@ -89,6 +91,15 @@ def install(say: Callable[[str], None]) -> Path:
     return _venv.install(RECIPE, say)
 
 
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the BPU of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    return TABLES[check_chip(NAME, CHIPS, chip)]
+
+
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """A ``.bin`` for the board, the quantized ONNX it was made from for the simulator, the estimate and the compiler's log.
 
@@ -106,10 +117,9 @@ def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> A
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or CHIPS[0]
-    for what, got, known in (("chip", chip, CHIPS), ("effort", effort, EFFORTS)):
-        if got not in known:
-            raise ConfigError(f"The {what} of target 'bpu' must be one of {', '.join(known)}, got {got!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
+    if effort not in EFFORTS:
+        raise ConfigError(f"The effort of target 'bpu' must be one of {', '.join(EFFORTS)}, got {effort!r}.")
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'bpu', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)

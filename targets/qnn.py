@@ -19,12 +19,14 @@ import numpy as np
 from compressor.errors import ConfigError
 from compressor.types import PRECISION_BITS, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
 from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe
+from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._constraints import Table
+from targets._qnn_constraints import TABLE
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "constraints", "install", "open"]
 
 NAME = "qnn"
 CAPABILITIES = Capabilities(
@@ -66,6 +68,16 @@ def install(say: Callable[[str], None]) -> Path:
     return _venv.install(RECIPE, say)
 
 
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the HTP of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    check_chip(NAME, CHIPS, chip)
+    return TABLE
+
+
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """An ONNX file that holds one context node, its binary for the chip, the estimate and the log.
 
@@ -78,9 +90,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or next(iter(CHIPS))
-    if chip not in CHIPS:
-        raise ConfigError(f"The chip of target 'qnn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'qnn', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)

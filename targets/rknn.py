@@ -23,12 +23,14 @@ import numpy as np
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
 from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe
+from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._constraints import Table
+from targets._rknn_constraints import TABLES
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "constraints", "install", "open"]
 
 NAME = "rknn"
 CAPABILITIES = Capabilities(
@@ -91,6 +93,15 @@ def install(say: Callable[[str], None]) -> Path:
     return _venv.install(RECIPE, say)
 
 
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the NPU of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    return TABLES[check_chip(NAME, CHIPS, chip)]
+
+
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """A ``.rknn`` for the board, what the simulator compiles it from, the placement and the log with the table of cycles.
 
@@ -103,9 +114,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or CHIPS[0]
-    if chip not in CHIPS:
-        raise ConfigError(f"The chip of target 'rknn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'rknn', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)

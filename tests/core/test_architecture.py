@@ -38,6 +38,7 @@ ORCHESTRATION = {
         "inventory",
         "output",
         "pipeline",
+        "placement",
         "probe",
         "quantizing",
         "race",
