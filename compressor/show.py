@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "compared", "compressed", "model", "placement", "profile", "searched"]
+__all__ = ["accuracy", "compared", "compressed", "estimated", "model", "placement", "profile", "searched"]
 
 Json = Mapping[str, Any]
 
@@ -153,8 +153,25 @@ def accuracy(found: Json) -> list[Any]:
     return lines
 
 
+def estimated(found: Json) -> list[Any]:
+    """`profile` of what only a simulator runs here."""
+    chip, pieces = found["device"]["chip"], found["subgraphs"]
+    cycles = sum(piece.get("cycles", 0) for piece in pieces)
+    modelled = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency"
+    if found["latency_ms"] is not None:
+        modelled = f"{found['latency_ms']['p50']:.3g} ms"
+    share = f"{100 * found['npu_mac_share']:.0f} % of MACs on the accelerator in {len(pieces)} piece(s)"
+    return [
+        f"{found['target']} ({found['precision']}){f' on {chip}' if chip else ''}, estimated; nothing was run",
+        f"  {modelled} by {found['estimator']}, without: {found['leaves_out']}",
+        f"  {share}; on the CPU: {', '.join(op['name'] for op in found['cpu_ops']) or 'nothing'}",
+    ]
+
+
 def profile(found: Json) -> list[Any]:
     """`profile`."""
+    if found.get("estimated"):
+        return estimated(found)
     ms = found["latency_ms"]
     what = f"{found['target']} ({found['precision']}), {found['threads']} thread(s), batch {found['batch']}"
     line = f"{what}, {found['runs']} runs after {found['warmup']} warm-up"

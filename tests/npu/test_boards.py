@@ -12,22 +12,17 @@ import platform
 import subprocess
 import sys
 import types
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
-from compressor.types import BuildOptions, OpRecord, TensorSpec
-from targets import _estimate, _venv, bpu, qnn, rknn
-from targets._artifacts import describe
-from tests.npu.models import cosine, first_blocks, images, torch_logits
-
-MODEL = first_blocks(1)
-LOGITS = np.linspace(-1, 1, 10, dtype=np.float32)
+from compressor.types import BuildOptions
+from targets import _venv, bpu, qnn, rknn
+from tests.npu.bundles import FILES, LOGITS, MODEL, artifact_of, bundle_of
+from tests.npu.models import cosine, images, torch_logits
 
 
 class StandIn:
@@ -82,7 +77,6 @@ def stand_in_for_rknnlite(box):
 
 STAND_INS = {"bpu": stand_in_for_hobot_dnn, "rknn": stand_in_for_rknnlite}
 TARGETS = {"bpu": bpu, "rknn": rknn}
-FILES = {"bpu": ("model.bin", "model.quantized.onnx"), "rknn": tuple(f"model{suffix}" for suffix in rknn.SUFFIXES)}
 
 
 @pytest.fixture
@@ -102,22 +96,6 @@ def board(monkeypatch):
     return make
 
 
-def artifact_of(name, folder):
-    """A built artifact as the target's `build` describes it, with files no board would take."""
-    graph = lower(MODEL, TARGETS[name].CAPABILITIES)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = tuple(folder / file for file in FILES[name])
-    for file in files:
-        file.write_bytes(b"not a model")
-    ops = (OpRecord("head.conv", "Conv", "NPU", "int8", 0.0),)
-    found = _estimate.Estimate("nobody's estimate", "everything", None, ({"name": "npu_0"},), ops, 1.0)
-    files += (_estimate.write(found, folder / "model.estimate.json"),)
-    precision = TARGETS[name].CAPABILITIES.precisions[0]
-    made = describe(name, graph, BuildOptions(folder, precision), files, {"chip": ""})
-    outputs = tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in made.outputs)
-    return replace(made, outputs=outputs)
-
-
 @pytest.mark.parametrize("name", STAND_INS)
 def test_a_board_gets_images_one_by_one_in_its_layout(name, board, tmp_path):
     box, artifact = board(name), artifact_of(name, tmp_path)
@@ -133,7 +111,8 @@ def test_a_board_gets_images_one_by_one_in_its_layout(name, board, tmp_path):
     wanted = [image[None].transpose(layout).astype(np.float32) for image in x]
     assert len(box.given) == 3 and all(np.array_equal(a, b) for a, b in zip(box.given, wanted, strict=True))
     assert box.loaded == [str(artifact.path)]
-    assert [op.name for op in session.ops({})] == ["head.conv"] and session.estimate().npu_mac_share == 1.0
+    assert [op.name for op in session.ops({})] == ["head.conv", "blocks.0.softmax"]
+    assert session.estimate().npu_mac_share == 0.75
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -191,22 +170,6 @@ def test_building_on_a_board_says_what_is_missing(board, tmp_path, monkeypatch):
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(MODEL, 1),))
     with pytest.raises(TargetUnavailable, match="rknn-toolkit2 is not installed"):
         rknn.build(lower(MODEL, rknn.CAPABILITIES), options)
-
-
-def bundle_of(name, root):
-    """A bundle that holds target `name` alone."""
-    artifact = artifact_of(name, root / "targets" / name)
-    np.savez(root / "golden.npz", inputs=images(MODEL, 8), **{f"outputs.{name}": np.tile(LOGITS, (8, 1))})
-    content = {
-        "spec": asdict(MODEL.spec),
-        "preprocess": asdict(MODEL.preprocess),
-        "labels": list(MODEL.labels),
-        "targets": {name: artifact_entry(artifact, root).model_dump()},
-        **{key: {} for key in ("recipe", "versions", "calibration", "checkpoint")},
-        "seed": 0,
-    }
-    seal(root, content)
-    return Bundle.open(root)
 
 
 @pytest.mark.parametrize("name", STAND_INS)
