@@ -24,6 +24,7 @@ def result(pruning: dict[str, Any] | None) -> dict[str, Any]:
     target = {"name": "ort", "precision": "fp32", "size_bytes": 1_000_000, "speedup": 1.0, "reason": "fp32 kept."}
     target |= {"latency_ms": times, "reference_latency_ms": times, "reverted": False, "accuracy": {"top1": None}}
     target |= {"parity": {"max_abs": 0.0, "cosine": 1.0, "agreement": 100.0, "count": 8}, "pruning": pruning}
+    target |= {"int8_mac_share": 0.0, "kept_float": []}
     sizes = {"params": 10, "macs": 20, "top1": None, "top1_ci95": None}
     compressed = {**sizes, "agreement": 99.0, "n": 8, "evaluated_on": "calibration"}
     rest = {"model": "demo", "compiled": [], "plans": [], "timings_s": {"prune": 1.0}, "bundle": "b"}
