@@ -183,14 +183,16 @@ class Linears:
 
     def _unpacked(self, name: str, parts: tuple[str, ...]) -> ir.Value:
         """The float matrix (in, out) of the linears `parts`, from the fewest bytes that hold its integers."""
-        g, params = self._graph, self._plan.weights[f"{parts[0]}.weight"]
+        g, params, node = self._graph, self._plan.weights[f"{parts[0]}.weight"], f"{name}.weight.dequantize"
         if params.group is None:
-            return self._dequantized(name, parts)
+            integers = self._matrix(name, parts, self._integers, np.dtype(np.int8))
+            return g.op(
+                node, "DequantizeLinear", integers, g.constant(f"{name}.weight.scale", self._scales(parts)), axis=1
+            )
         dtype = NARROW if params.bits <= 4 else np.dtype(np.int8)
         integers = self._matrix(name, parts, self._integers, dtype, params.group)
         scales = [self._plan.weights[f"{part}.weight"].scale for part in parts]
         scale = g.constant(f"{name}.weight.scale", np.concatenate(scales).T.astype(np.float32))
-        node = f"{name}.weight.dequantize"
         weight = g.op(node, "DequantizeLinear", integers, scale, axis=0, block_size=params.group)
         width = self._rows(parts[0]).shape[1]
         return g.slice(f"{name}.weight.cut", weight, 0, 0, width) if width % params.group else weight
