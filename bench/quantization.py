@@ -1,7 +1,7 @@
 """Accuracy after quantization: ours, stage by stage, beside ONNX Runtime's quantize_static and NNCF, on one trained model.
 
     python bench/quantization.py [MODEL] [--data D] [--eval E] [--images 500] [--rows ours ort nncf]
-        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--rounds 100] [--markdown FILE] [--json FILE]
+        [--precisions w8a8 w6a6 w4a8 w8a32 w4a32] [--stages search ...] [--rounds 100] [--markdown FILE] [--json FILE]
 
 Every contestant gets the same float network and the same calibration images. Theirs start from our float ONNX graph, which
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
@@ -23,7 +23,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,11 +43,12 @@ from compressor.lower import lower
 from compressor.quantize import QuantizeConfig, quantize, simulate
 from compressor.quantize.compensate import LowRankConfig, low_rank, truncate_plain
 from compressor.quantize.importance import token_importance
+from compressor.quantize.plan import GROUP
 from compressor.quantize.refine import RefineConfig, refine
 from compressor.quantize.rounding import nearest, second_order
 from compressor.quantize.search import Found, Objective
 from compressor.quantize.simulate import fake_quant_tap, on_grid
-from compressor.types import Array, BuildOptions, Capabilities, Model, Precision, Quantization
+from compressor.types import WEIGHT_ONLY, Array, BuildOptions, Capabilities, Model, Precision, Quantization
 from compressor.vit import to_torch
 
 PLAIN = Capabilities(layout="tokens", opset=20, precisions=("fp32",))
@@ -181,9 +182,27 @@ def nncf_transformer(task: Task, folder: Path) -> Made:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(task.calibration),
     )
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
-    compiled = openvino.Core().compile_model(found, "CPU", config)
-    openvino.save_model(found, folder / "nncf.xml", compress_to_fp16=False)
+    return openvino_made(found, folder)
+
+
+def nncf_weights(task: Task, folder: Path, precision: Precision) -> Made:
+    """Weights alone, without images: here NNCF 3.4.0 refuses `gptq`, and `scale_estimation` leaves chance accuracy."""
+    import nncf
+    import openvino
+
+    modes = nncf.CompressWeightsMode
+    how: dict[str, Any] = {"mode": modes.INT8_SYM}
+    if precision == "w4a32":
+        how = {"mode": modes.INT4_SYM, "group_size": GROUP, "ratio": 1.0, "all_layers": True}
+    return openvino_made(nncf.compress_weights(openvino.Core().read_model(float_file(task, folder)), **how), folder)
+
+
+def openvino_made(model: Any, folder: Path) -> Made:
+    import openvino
+
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(model, "CPU", config)
+    openvino.save_model(model, folder / "nncf.xml", compress_to_fp16=False)
     return Made(lambda pixels: np.asarray(compiled(pixels)[0]), {"openvino": folder / "nncf.xml"})
 
 
@@ -191,7 +210,7 @@ def nncf_transformer(task: Task, folder: Path) -> Made:
 
 
 def rows(
-    task: Task, wanted: Iterable[str], precisions: Iterable[Precision], stages: Iterable[str]
+    task: Task, wanted: Iterable[str], precisions: Collection[Precision], stages: Iterable[str]
 ) -> dict[tuple[str, str], Callable[[Path], Made]]:
     table: dict[tuple[str, str], Callable[[Path], Made]] = {}
     if "ort" in wanted:
@@ -204,6 +223,9 @@ def rows(
             table["w8a8", f"ORT {label}"] = partial(ort_static, task, method=method, per_channel=channel)
     if "nncf" in wanted:
         table["w8a8", "NNCF TRANSFORMER"] = partial(nncf_transformer, task)
+        for precision in WEIGHT_ONLY:
+            if precision in precisions:
+                table[precision, "NNCF compress_weights"] = partial(nncf_weights, task, precision=precision)
     if "ours" in wanted:
         for precision in precisions:
             for stage in stages:
