@@ -28,9 +28,7 @@ CAPABILITIES = Capabilities(
 )
 HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
 HINTS = {"fp32": "f32", "bf16": "bf16"} | dict.fromkeys(WEIGHT_ONLY, "f32")
-ROUNDING = (
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # rounds the inputs of compressed weights to int8 by default; 0: in no group
-)
+ROUNDING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the inputs of packed weights, to int8 by default; 0: they stay floats
 PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ
 NO_WORK = ("Input", "Output", "Reshape")  # listed in the execution graph; nothing is computed or moved for them
 PROFILED_RUNS = 10
@@ -177,9 +175,7 @@ def _name(model: openvino.Model, known: Set[str | None]) -> None:
 def _record(node: Any, time_ms: float) -> OpRecord:
     info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info}
     precision = info.get("runtimePrecision", "").lower()
-    if (
-        info.get("layerType") == "FullyConnected"
-    ):  # whose precision is the stored weights', also where it multiplies floats
+    if info.get("layerType") == "FullyConnected":  # named by its stored weights, also where it multiplies floats
         precision = node.input(0).get_element_type().get_type_name()
     return OpRecord(
         _place(node), info.get("layerType", ""), "CPU", PRECISIONS.get(precision, precision), max(time_ms, 0.0)
