@@ -14,8 +14,9 @@ demo: $(VENV)/.all ## the whole job on the embedded model: compress, verify, run
 	$(BIN)/vitrim eval demo-bundle --data demo:eval
 	@echo "Open demo-bundle/report.html"
 
-test: $(VENV)/.dev ## every test that needs no device and no vendor compiler
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/npu --ignore tests/device
+test: $(VENV)/.dev ## every test that needs no device and no vendor compiler, and the examples in docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules --ignore tests/npu --ignore tests/device \
+		tests compressor calibration targets
 
 check: $(VENV)/.dev ## lint, types, layering
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Latency of our artifacts beside what others make of the same network, on DeiT shapes at 224 pixels, batch 1.
 
-    python bench/latency.py [--shapes tiny small base] [--threads 1 2] [--rounds 40] [--pruned 0.5] [--json FILE]
+    python bench/latency.py [--shapes tiny small base] [--threads 1 2] [--rounds 40] [--json FILE]
+    python bench/latency.py --pruned 0.5 [--shapes demo tiny ...]     pruned beside dense, every precision, without peers
 
 Weights and images are random: this measures time, never accuracy. All contestants live in one process and take turns in a
 new random order every round, so that a slow moment of the machine hits all of them; ratios are what counts. Wall and
@@ -22,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ import torch
 
 import targets
 from calibration.observe import ObservePlan, observe
+from compressor import checkpoint
 from compressor.device import fingerprint
+from compressor.intervals import paired_ratio
 from compressor.lower import lower
-from compressor.quantize import QuantizeConfig, quantize
+from compressor.prune import ObsConfig, obs
+from compressor.quantize import quantize
+from compressor.quantize.plan import for_target
 from compressor.types import (
     Array,
     BlockSpec,
@@ -52,6 +57,7 @@ from compressor.vit import to_torch
 from targets import ov
 
 DEIT = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+SHAPES = ("demo", *DEIT)
 WARMUP = 3
 Run = Callable[[Array], Any]
 
@@ -81,15 +87,21 @@ class Times:
 # --------------------------------------------------------------------------- the network
 
 
-def deit(shape: str, pruned: float) -> Model:
-    """Random weights; `pruned` of every block's MLP units and Q/K dimensions removed, to multiples of 8."""
+def spec_of(shape: str) -> VitSpec:
+    if shape == "demo":
+        return checkpoint.load("demo").spec
     width, heads = DEIT[shape]
+    return VitSpec((224, 224), (16, 16), 3, width, (BlockSpec(heads, 64, 64, 4 * width),) * 12)
 
-    def kept(size: int) -> int:
-        return max(8, round(size * (1 - pruned) / 8) * 8)
 
-    block = BlockSpec(heads, kept(64), 64, kept(4 * width))
-    spec = VitSpec((224, 224), (16, 16), 3, width, (block,) * 12)
+def pruned_spec(spec: VitSpec, ratio: float) -> VitSpec:
+    """`ratio` of every block's MLP units, query/key and value dimensions removed, to multiples of 8."""
+    config = ObsConfig(ratio, ratio, ratio, width_multiple=8)
+    return replace(spec, blocks=tuple(obs.uniform(block, config) for block in spec.blocks))
+
+
+def network(spec: VitSpec) -> Model:
+    """Random weights."""
     rng = np.random.default_rng(0)
     weights = {}
     for name, size in spec.shapes().items():
@@ -102,9 +114,9 @@ def deit(shape: str, pruned: float) -> Model:
     return Model(spec, weights, Preprocess(spec.image_size))
 
 
-def images(count: int) -> list[Array]:
+def images(spec: VitSpec, count: int) -> list[Array]:
     rng = np.random.default_rng(1)
-    return [rng.standard_normal((1, 3, 224, 224), dtype=np.float32) for _ in range(count)]
+    return [rng.standard_normal((1, spec.in_chans, *spec.image_size), dtype=np.float32) for _ in range(count)]
 
 
 class Plain(torch.nn.Module):
@@ -157,28 +169,28 @@ def peer_files(model: Model, folder: Path) -> dict[str, Path]:
         warnings.simplefilter("ignore")
         if not files["export"].exists():
             named = {"input_names": ["pixels"], "output_names": ["logits"], "opset_version": 20}
-            example = (torch.from_numpy(images(1)[0]),)
+            example = (torch.from_numpy(images(model.spec, 1)[0]),)
             torch.onnx.export(
                 Plain(model), example, files["export"], dynamo=True, external_data=False, verbose=False, **named
             )
-        static_files(files)
+        static_files(files, images(model.spec, 8))
         if not files["nncf"].exists():
             import nncf
             import openvino
 
-            data = nncf.Dataset(images(8), lambda pixels: {"pixels": pixels})
+            data = nncf.Dataset(images(model.spec, 8), lambda pixels: {"pixels": pixels})
             kind = nncf.ModelType.TRANSFORMER
             found = nncf.quantize(openvino.Core().read_model(files["export"]), data, model_type=kind, subset_size=8)
             openvino.save_model(found, files["nncf"], compress_to_fp16=False)
     return files
 
 
-def static_files(files: Mapping[str, Path]) -> None:
+def static_files(files: Mapping[str, Path], calibration: list[Array]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = iter(images(8))
+            self.left = iter(calibration)
 
         def get_next(self) -> dict[str, Array] | None:
             pixels = next(self.left, None)
@@ -208,8 +220,8 @@ def theirs(model: Model, files: Mapping[str, Path], threads: int) -> list[Contes
 
 
 def plan(model: Model) -> Quantization:
-    stats = observe(to_torch(model), images(8), ObservePlan(moments=(), pair_energy=False))
-    return quantize(model, stats, QuantizeConfig("w8a8"))
+    stats = observe(to_torch(model), images(model.spec, 8), ObservePlan(moments=(), pair_energy=False))
+    return quantize(model, stats, for_target(targets.get("ort").CAPABILITIES, "w8a8"))
 
 
 def session_run(session: Session) -> Run:
@@ -234,10 +246,10 @@ def ours(model: Model, integers: Quantization, folder: Path, threads: int) -> li
 # --------------------------------------------------------------------------- the race
 
 
-def race(contestants: list[Contestant], rounds: int) -> dict[str, Times]:
+def race(contestants: list[Contestant], pixels: Array, rounds: int) -> dict[str, Times]:
     """Every contestant once a round, in a new order each."""
     times = {c.name: Times() for c in contestants}
-    (pixels,), order = images(1), list(contestants)
+    order = list(contestants)
     shuffler = random.Random(0)
     for number in range(WARMUP + rounds):
         shuffler.shuffle(order)
@@ -284,27 +296,61 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]], compared: Mapping[
         print(f"{name:32s} " + " ".join(f"{v:9.2f}" for v in values.values()))
 
 
-def measure(shape: str, threads: int, rounds: int, pruned: float, peers: Path) -> dict[str, Any]:
-    model = deit(shape, pruned)
-    folder = peers / f"{shape}-{pruned:g}"
+def measure(shape: str, threads: int, rounds: int, peers: Path) -> dict[str, Any]:
+    model = network(spec_of(shape))
+    folder = peers / shape
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     files = peer_files(model, folder)
     with tempfile.TemporaryDirectory() as own:
         contestants = theirs(model, files, threads) + ours(model, plan(model), Path(own), threads)
-        times = race(contestants, rounds)
+        times = race(contestants, images(model.spec, 1)[0], rounds)
     rows = {name: row(t) for name, t in times.items()}
     compared = ratios(contestants, rows)
-    show(f"DeiT-{shape}, pruned {pruned:g}, {threads} threads, {rounds} rounds", rows, compared)
-    return {"shape": shape, "threads": threads, "pruned": pruned, "rounds": rounds, "ms": rows, "ratios": compared}
+    show(f"{shape}, {threads} threads, {rounds} rounds", rows, compared)
+    return {"shape": shape, "threads": threads, "rounds": rounds, "ms": rows, "ratios": compared}
+
+
+# --------------------------------------------------------------------------- pruned beside dense
+
+
+def measure_pruned(shape: str, threads: int, rounds: int, pruned: float) -> dict[str, Any]:
+    """One race of every artifact of the dense and of the pruned network; prints a row for each pair."""
+    dense = network(spec_of(shape))
+    small = network(pruned_spec(dense.spec, pruned))
+    torch.set_num_threads(threads)
+    contestants = []
+    with tempfile.TemporaryDirectory() as own:
+        for label, model in (("dense", dense), ("pruned", small)):
+            made = ours(model, plan(model), Path(own) / label, threads)
+            contestants += [replace(c, name=f"{label} {c.name}") for c in made]
+        times = race(contestants, images(dense.spec, 1)[0], rounds)
+    found = {}
+    for name in (c.name.removeprefix("dense vitrim ") for c in contestants if c.name.startswith("dense")):
+        before, after = times[f"dense vitrim {name}"], times[f"pruned vitrim {name}"]
+        wall, cpu = paired_ratio(after.wall, before.wall), paired_ratio(after.cpu, before.cpu)
+        found[name] = {"dense": row(before), "pruned": row(after), "wall": asdict(wall), "cpu": asdict(cpu)}
+        cells = [f"{shape}, {threads}", f"{small.spec.macs() / dense.spec.macs():.2f}", name]
+        cells += [f"{np.median(before.wall):.2f}", f"{np.median(after.wall):.2f}"]
+        cells += [f"{r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in (wall, cpu)]
+        print("| " + " | ".join([*cells, "yes" if cpu.is_faster else "**no**"]) + " |", flush=True)
+    return {"shape": shape, "threads": threads, "pruned": pruned, "rounds": rounds, "rows": found}
+
+
+def print_pruned_header(pruned: float) -> None:
+    columns = (
+        "shape, threads | MACs | runtime, precision | dense ms | pruned ms | wall ratio | processor ratio | faster"
+    )
+    print(f"\n{pruned:.0%} of MLP, Q/K and V/O removed; medians, paired ratios with their 95 % interval\n")
+    print(f"| {columns} |\n" + "|---" * 8 + "|")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=DEIT, default=list(DEIT))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEIT))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--pruned", type=float, default=0.0, help="fraction of MLP units and Q/K dimensions removed")
+    parser.add_argument("--pruned", type=float, default=0.0, help="fraction removed; dense beside pruned, no peers")
     parser.add_argument("--peers", type=Path, help="folder that keeps the peers' files between runs")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
@@ -314,7 +360,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         peers = options.peers or Path(temporary)
         given = [(shape, threads) for shape in options.shapes for threads in options.threads]
-        results = [measure(shape, threads, options.rounds, options.pruned, peers) for shape, threads in given]
+        if options.pruned > 0:
+            print_pruned_header(options.pruned)
+            results = [measure_pruned(shape, threads, options.rounds, options.pruned) for shape, threads in given]
+        else:
+            results = [measure(shape, threads, options.rounds, peers) for shape, threads in given]
     if options.json:
         options.json.write_text(json.dumps({"device": device, "results": results}, indent=1), encoding="utf-8")
 

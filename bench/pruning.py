@@ -5,8 +5,8 @@
 
 Every row removes the same share of every block's hidden units and of every head's query/key dimensions, so that MACs
 are equal within a ratio, except: `obs + V/O` removes that share of the values too; `obs allocated` spreads the same
-MACs over the network as it sees fit; CORP and GRAIL stop at 8 dimensions and 64 units, as published; Torch-Pruning cannot cut
-queries and keys without values, and so ends with fewer MACs.
+MACs over the network as it sees fit; CORP and GRAIL stop at 8 dimensions and 64 units, as published, and `obs, CORP's
+sizes` stops there too; Torch-Pruning cannot cut queries and keys without values, and so ends with fewer MACs.
 
     none           CORP's choice of units, deleted
     magnitude      units and dimensions of least weight magnitude, deleted
@@ -44,7 +44,7 @@ from compressor import checkpoint
 from compressor.intervals import proportion_interval
 from compressor.prune import CorpConfig, ObsConfig, corp, obs
 from compressor.prune.rank import MLP_SALIENCIES, split
-from compressor.types import Array, Model, Statistics
+from compressor.types import Array, Model, Statistics, VitSpec
 from compressor.vit import VisionTransformer, to_torch
 
 RATIOS = (0.25, 0.5, 0.625, 0.75, 0.875)
@@ -76,6 +76,14 @@ def run_corp(task: Task, config: CorpConfig) -> Model:
 
 def run_obs(task: Task, config: ObsConfig) -> Model:
     return obs.prune(task.model, task.batches, config, "cpu").model
+
+
+def corp_sizes(spec: VitSpec, ratio: float) -> ObsConfig:
+    """The ratios that leave what CORP leaves, whose floors are sizes; of the first block, as of all in a dense model."""
+    block = spec.blocks[0]
+    units = max(block.mlp_dim - int(block.mlp_dim * ratio), min(corp.MIN_UNITS, block.mlp_dim))
+    dims = max(block.qk_dim - int(block.qk_dim * ratio), min(corp.MIN_QK_DIM, block.qk_dim))
+    return ObsConfig(1 - units / block.mlp_dim, 1 - dims / block.qk_dim)
 
 
 def run_allocated(task: Task, ratio: float) -> Model:
@@ -189,7 +197,7 @@ def from_torch(model: Model, network: VisionTransformer) -> Model:
     return model.with_weights(replace(model.spec, blocks=blocks), weights)
 
 
-def rows(ratio: float) -> dict[str, Callable[[Task], Model]]:
+def rows(ratio: float, spec: VitSpec) -> dict[str, Callable[[Task], Model]]:
     """Name -> what makes the pruned model; obs first, which the others are compared with."""
     table: dict[str, Callable[[Task], Model]] = {
         "obs": partial(run_obs, config=ObsConfig(ratio, ratio)),
@@ -201,6 +209,9 @@ def rows(ratio: float) -> dict[str, Callable[[Task], Model]]:
         "obs + V/O": partial(run_obs, config=ObsConfig(ratio, ratio, ratio)),
         "obs allocated": partial(run_allocated, ratio=ratio),
     }
+    floored = corp_sizes(spec, ratio)
+    if obs.uniform(spec.blocks[0], floored) != obs.uniform(spec.blocks[0], ObsConfig(ratio, ratio)):
+        table["obs, CORP's sizes"] = partial(run_obs, config=floored)
     if importlib.util.find_spec("torch_pruning") is not None:
         table["Torch-Pruning"] = partial(run_torch_pruning, ratio=ratio)
     return table
@@ -314,7 +325,7 @@ def main() -> None:
     results = []
     for ratio in options.ratios:
         rival = None
-        for name, make in rows(ratio).items():
+        for name, make in rows(ratio, task.model.spec).items():
             if options.rows is not None and name not in options.rows:
                 continue
             found = run_row(task, make)

@@ -1,29 +1,31 @@
 """Accuracy after quantization: ours, stage by stage, beside ONNX Runtime's quantize_static and NNCF, on one trained model.
 
     python bench/quantization.py [MODEL] [--data D] [--eval E] [--images 500] [--rows ours ort nncf]
-        [--precisions w8a8 w6a6 w4a8 w8a32 w4a32] [--stages search ...] [--rounds 100] [--markdown FILE] [--json FILE]
+        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--pruned 0.5] [--rounds 100] [--markdown FILE] [--json FILE]
 
 Every contestant gets the same float network and the same calibration images. Theirs start from our float ONNX graph, which
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
 the ONNX graphs to one quantization step. Each row is a process of its own, so that peak memory is its own; time is that of
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
 "low-rank branch" is TAPTQ's compensation as published, in simulation only: the branch costs multiplies and no file holds it.
+With --pruned R the model is pruned first (obs, R of MLP, Q/K and V/O) and every row is held against the unpruned model;
+"together" then refits towards the unpruned model, so that quantization also undoes what pruning left, as `compress` does.
 "+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
 
-Latency is measured last, in one process, one thread and batch 1: every file that a runtime can open takes its turn in a new
-order every round. The best of wall times is shown: it is what the code costs when nothing disturbs it.
+Latency is measured last, in one process, one thread, batch 1: files take turns in a new order every round; the best is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,15 +42,15 @@ from calibration.select import Selector, coarse_to_fine, features, random
 from compressor import checkpoint
 from compressor.intervals import proportion_interval
 from compressor.lower import lower
+from compressor.prune import ObsConfig, prune
 from compressor.quantize import QuantizeConfig, quantize, simulate
 from compressor.quantize.compensate import LowRankConfig, low_rank, truncate_plain
 from compressor.quantize.importance import token_importance
-from compressor.quantize.plan import GROUP
 from compressor.quantize.refine import RefineConfig, refine
 from compressor.quantize.rounding import nearest, second_order
 from compressor.quantize.search import Found, Objective
 from compressor.quantize.simulate import fake_quant_tap, on_grid
-from compressor.types import WEIGHT_ONLY, Array, BuildOptions, Capabilities, Model, Precision, Quantization
+from compressor.types import Array, BuildOptions, Capabilities, Model, Precision, Quantization
 from compressor.vit import to_torch
 
 PLAIN = Capabilities(layout="tokens", opset=20, precisions=("fp32",))
@@ -62,10 +64,12 @@ STAGES = (
     "+ rounding",
     "+ compensation",
     "+ token weights",
+    "together",
     "128 random",
     "+ selection",
 )
 FEW = 128
+MAX_DROP = 0.002  # of calibration images that NNCF's accuracy control may let change their class
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +77,11 @@ class Task:
     """The float model and the preprocessed images, the same for every row."""
 
     model: Model
+    dense: Model  # the unpruned one; `model` itself where nothing was pruned
     calibration: Array  # (n, C, h, w)
     evaluation: Array
     labels: Array | None
-    reference: Array  # (m, classes) float logits
+    reference: Array  # (m, classes) float logits of `dense`
 
     def batches(self, size: int = 50) -> list[Array]:
         return [self.calibration[i : i + size] for i in range(0, len(self.calibration), size)]
@@ -88,6 +93,14 @@ class Made:
 
     predict: Predict
     files: dict[str, Path]
+
+
+def smaller(dense: Model, pixels: Array, ratio: float) -> Model:
+    if not ratio:
+        return dense
+    batches = [pixels[i : i + 50] for i in range(0, len(pixels), 50)]
+    config = ObsConfig(ratio, ratio, ratio)
+    return prune(dense, lambda: batches, config, lambda module, feed: observe(module, feed, ObservePlan())).model
 
 
 def minmax(objective: Objective, scale: Array) -> Found:
@@ -108,10 +121,11 @@ def ours(task: Task, folder: Path, precision: Precision, stage: str) -> Made:
     if stage in ("128 random", "+ selection"):
         task = replace(task, calibration=few(task, coarse_to_fine if stage == "+ selection" else random))
     weighed = stage not in ("+ bias", "+ rounding", "+ compensation")
-    weights = token_importance(to_torch(task.model), task.batches()[:2]) if weighed else {}
+    goal = task.dense if stage == "together" else task.model
+    weights = token_importance(to_torch(goal), task.batches()[:2]) if weighed else {}
     dampings = () if stage in ("+ bias", "+ rounding") else RefineConfig().dampings
     config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order)
-    result = refine(task.model, task.batches(), config, weights)
+    result = refine(task.model, task.batches(), config, weights, goal)
     return hand_in(result.model, result.quantization, folder)
 
 
@@ -171,38 +185,28 @@ def ort_static(task: Task, folder: Path, method: str, *, per_channel: bool) -> M
     return Made(lambda pixels: np.asarray(session.run(None, {name: pixels})[0]), {"ort": Path(target)})
 
 
-def nncf_transformer(task: Task, folder: Path) -> Made:
+def nncf_transformer(task: Task, folder: Path, *, controlled: bool) -> Made:
+    """With `controlled`, NNCF returns layers to float until the float model's classes of the calibration images are kept."""
     import nncf
     import openvino
 
+    model = openvino.Core().read_model(float_file(task, folder))
     images = nncf.Dataset([task.calibration[i : i + 1] for i in range(len(task.calibration))])
-    found = nncf.quantize(
-        openvino.Core().read_model(float_file(task, folder)),
-        images,
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(task.calibration),
-    )
-    return openvino_made(found, folder)
+    common = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(task.calibration)}
+    if controlled:
+        predict = torch_predict(to_torch(task.model))
+        pairs = nncf.Dataset([(x[None], int(predict(x[None]).argmax())) for x in task.calibration])
 
+        def agreement(compiled: Any, data: Iterable[tuple[Array, int]]) -> tuple[float, list[float]]:
+            same = [float(np.asarray(compiled(x)[0]).argmax() == y) for x, y in data]
+            return float(np.mean(same)), same
 
-def nncf_weights(task: Task, folder: Path, precision: Precision) -> Made:
-    """Weights alone, without images: here NNCF 3.4.0 refuses `gptq`, and `scale_estimation` leaves chance accuracy."""
-    import nncf
-    import openvino
-
-    modes = nncf.CompressWeightsMode
-    how: dict[str, Any] = {"mode": modes.INT8_SYM}
-    if precision == "w4a32":
-        how = {"mode": modes.INT4_SYM, "group_size": GROUP, "ratio": 1.0, "all_layers": True}
-    return openvino_made(nncf.compress_weights(openvino.Core().read_model(float_file(task, folder)), **how), folder)
-
-
-def openvino_made(model: Any, folder: Path) -> Made:
-    import openvino
-
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    compiled = openvino.Core().compile_model(model, "CPU", config)
-    openvino.save_model(model, folder / "nncf.xml", compress_to_fp16=False)
+        found = nncf.quantize_with_accuracy_control(model, images, pairs, agreement, max_drop=MAX_DROP, **common)
+    else:
+        found = nncf.quantize(model, images, **common)
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
+    compiled = openvino.Core().compile_model(found, "CPU", config)
+    openvino.save_model(found, folder / "nncf.xml", compress_to_fp16=False)
     return Made(lambda pixels: np.asarray(compiled(pixels)[0]), {"openvino": folder / "nncf.xml"})
 
 
@@ -210,7 +214,7 @@ def openvino_made(model: Any, folder: Path) -> Made:
 
 
 def rows(
-    task: Task, wanted: Iterable[str], precisions: Collection[Precision], stages: Iterable[str]
+    task: Task, wanted: Iterable[str], precisions: Iterable[Precision], stages: Iterable[str]
 ) -> dict[tuple[str, str], Callable[[Path], Made]]:
     table: dict[tuple[str, str], Callable[[Path], Made]] = {}
     if "ort" in wanted:
@@ -222,10 +226,8 @@ def rows(
         ):
             table["w8a8", f"ORT {label}"] = partial(ort_static, task, method=method, per_channel=channel)
     if "nncf" in wanted:
-        table["w8a8", "NNCF TRANSFORMER"] = partial(nncf_transformer, task)
-        for precision in WEIGHT_ONLY:
-            if precision in precisions:
-                table[precision, "NNCF compress_weights"] = partial(nncf_weights, task, precision=precision)
+        table["w8a8", "NNCF TRANSFORMER"] = partial(nncf_transformer, task, controlled=False)
+        table["w8a8", "NNCF, accuracy control"] = partial(nncf_transformer, task, controlled=True)
     if "ours" in wanted:
         for precision in precisions:
             for stage in stages:
@@ -266,6 +268,7 @@ def score(logits: Array, task: Task) -> dict[str, Any]:
 
 def child(task: Task, make: Callable[[Path], Made], folder: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # their advice to pre-process a graph that is emitted clean
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe.send(measure(task, make, folder))
@@ -335,21 +338,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--rows", nargs="+", choices=("ours", "ort", "nncf"), default=("ours", "ort", "nncf"))
     parser.add_argument("--precisions", nargs="+", default=("w8a8", "w6a6", "w4a8"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[s for s in STAGES if s != "together"])
+    parser.add_argument("--pruned", type=float, default=0.0, help="fraction of every width removed first")
     parser.add_argument("--rounds", type=int, default=100, help="of the latency race; 0 leaves it out")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = checkpoint.load(args.model)
+    dense = checkpoint.load(args.model)
     calibration, evaluation = data.open_images(args.data, limit=args.images), data.open_images(args.eval)
-    pixels, held_out = (np.concatenate(list(data.batches(s, model.preprocess, 50))) for s in (calibration, evaluation))
+    pixels, held_out = (np.concatenate(list(data.batches(s, dense.preprocess, 50))) for s in (calibration, evaluation))
     labels = (
-        data.match_labels(evaluation, model.labels, model.spec.num_classes) if evaluation.labels is not None else None
+        data.match_labels(evaluation, dense.labels, dense.spec.num_classes) if evaluation.labels is not None else None
     )
-    predict = torch_predict(to_torch(model))
+    predict = torch_predict(to_torch(dense))
     reference = np.concatenate([predict(held_out[i : i + 50]) for i in range(0, len(held_out), 50)])
-    task, results = Task(model, pixels, held_out, labels, reference), []
+    task, results = Task(smaller(dense, pixels, args.pruned), dense, pixels, held_out, labels, reference), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         table = rows(task, args.rows, args.precisions, args.stages)

@@ -18,7 +18,7 @@ import numpy as np
 
 import targets
 from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
-from compressor.candidates import Candidate, choose, logits, require
+from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError
 from compressor.output import file_or_folder, write_json
@@ -131,9 +131,7 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
         shutil.rmtree(home)
         engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
         kept, candidates, reason = _race(bundle, name, engines, threads)
-        for loser in candidates:
-            for file in set(loser.artifact.files) - set(kept.artifact.files):
-                file.unlink()
+        discard(candidates, kept)
         found = _account(name, kept, candidates, reason)
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)

@@ -38,7 +38,18 @@ from compressor.verify import check_parity
 if TYPE_CHECKING:
     from compressor.quantize.refine import Refined  # torch is not part of a device install
 
-__all__ = ["Candidate", "Outcome", "build", "choose", "contest", "logits", "open_model", "precisions", "require"]
+__all__ = [
+    "Candidate",
+    "Outcome",
+    "build",
+    "choose",
+    "contest",
+    "discard",
+    "logits",
+    "open_model",
+    "precisions",
+    "require",
+]
 
 FLOAT: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 RACE_SECONDS = 4.0  # of each contestant's share of an interleaved race
@@ -178,11 +189,14 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
         candidates = tuple(_candidate(job, label, sessions[label], a, times[label]) for label, a in artifacts.items())
         kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
         ops, before = raced.ops(kept.label), raced.ops("reference")
-    for loser in candidates:
-        if loser is not kept:
-            for file in set(loser.artifact.files) - set(kept.artifact.files):
-                file.unlink()
+    discard(candidates, kept)
     return Outcome(name, kept, candidates, times["reference"], reverted, reason, ops, before, raced.device)
+
+
+def discard(candidates: tuple[Candidate, ...], kept: Candidate) -> None:
+    """Delete the files of every candidate but `kept`; several candidates may be the same files under other settings."""
+    for file in {f for c in candidates for f in c.artifact.files} - set(kept.artifact.files):
+        file.unlink()
 
 
 def _artifacts(job: Contest, name: str, wanted: str, out_dir: Path) -> dict[str, Artifact]:

@@ -75,13 +75,29 @@ def doctor(
     "vitrim inspect demo",
     "vitrim inspect my_model/",
     "vitrim inspect weights.pth --arch deit_small_patch16_224",
+    "vitrim inspect my_model/ --target bpu",
 )
-def inspect_model(console: Console, model: ModelPath, arch: Arch = None, image_size: ImageSize = None) -> Result:
+def inspect_model(
+    console: Console,
+    model: ModelPath,
+    arch: Arch = None,
+    image_size: ImageSize = None,
+    target: Annotated[str | None, typer.Option(help="Also say what will not run on this accelerator.")] = None,
+    chip: Annotated[str, typer.Option(help="Its chip, as the compiler calls it (default: the target's first).")] = "",
+) -> Result:
     """Show what a checkpoint is: family, sizes per block, parameters, MACs, preprocessing. Nothing in it is executed."""
     from compressor import checkpoint, show
+    from compressor.errors import ConfigError
+    from compressor.placement import place
 
-    facts = checkpoint.describe(checkpoint.load(model, arch=arch, image_size=image_size))
-    return Result(facts, show.model(facts))
+    if chip and target is None:
+        raise ConfigError("--chip must go with --target, got no target.")
+    loaded = checkpoint.load(model, arch=arch, image_size=image_size)
+    facts = checkpoint.describe(loaded)
+    if target is None:
+        return Result(facts, show.model(facts))
+    placed = place(loaded, target, chip)
+    return Result({**facts, **placed}, [*show.model(facts), *show.placement(placed)])
 
 
 @command(
@@ -112,8 +128,12 @@ def compress(
     drop_blocks: Annotated[
         int | None, typer.Option(help="Whole blocks removed, least important first (obs only).")
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="What ranks blocks: output (default, their effect) or entropy (of weights, no data)."),
+    ] = None,
     target_macs: Annotated[
-        float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block.")
+        float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block, which beats ratios.")
     ] = None,
     target_params: Annotated[float | None, typer.Option(help="Share of parameters to keep, likewise.")] = None,
     damping: Annotated[float | None, typer.Option(help="Ridge of the fits; default: by held-out error.")] = None,

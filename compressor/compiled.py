@@ -20,7 +20,16 @@ from compressor.types import Array, Artifact, BuildOptions, Parity
 from compressor.verify import check_parity
 from targets import _estimate
 
-__all__ = ["Compiled", "compile_model", "fallbacks", "is_compiled", "require_compilers", "to_json"]
+__all__ = [
+    "Compiled",
+    "compile_model",
+    "estimated_profile",
+    "fallbacks",
+    "is_compiled",
+    "is_simulated",
+    "require_compilers",
+    "to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,12 @@ def is_compiled(name: str) -> bool:
     """Whether target `name` is a vendor compiler with a simulator: it has an environment of its own and no build plan."""
     target = targets.get(name)
     return hasattr(target, "install") and not hasattr(target, "plan")
+
+
+def is_simulated(name: str) -> bool:
+    """Whether what runs here for target `name` is a simulator, whose time means nothing; on the chip's own board it is not."""
+    on_board = getattr(targets.get(name), "on_board", lambda: False)
+    return is_compiled(name) and not on_board()
 
 
 def compile_model(job: Contest, name: str, wanted: str, out_dir: Path) -> Compiled:
@@ -65,6 +80,39 @@ def to_json(done: Compiled) -> dict[str, Any]:
         "precision": done.artifact.precision,
         "size_bytes": done.artifact.size_bytes,
         "parity": {**asdict(done.parity), "agreement": 100 * done.parity.agreement},
+        **account,
+    }
+
+
+def estimated_profile(artifact: Artifact, *, threads: int, per_op: bool) -> dict[str, Any]:
+    """The ``vitrim profile --json`` object of an artifact that only a simulator runs here: its compiler's account, no timing.
+
+    The keys of a measured profile, null or empty where nothing was measured, and ``estimated`` (true), ``estimator``,
+    ``leaves_out``, ``cpu_ops``, ``npu_mac_share``, ``subgraphs``. A modelled latency is both median and mean, and has no spread.
+
+    Raises:
+        BundleError: the artifact has no readable estimate.
+    """
+    estimate = _estimate.read(artifact)
+    account = {k: v for k, v in estimate.to_json().items() if k not in ("ops", "latency_ms")}
+    ms = estimate.latency_ms
+    spread = dict.fromkeys(("min", "p90", "p99"))
+    return {
+        "target": artifact.target,
+        "precision": artifact.precision,
+        "device": {"chip": artifact.settings.get("chip", "")},
+        "runs": 0,
+        "warmup": 0,
+        "threads": threads,
+        "batch": artifact.inputs[0].shape[0],
+        "latency_ms": None if ms is None else {**spread, "p50": ms, "mean": ms},
+        "images_per_s": None if ms is None else 1e3 / ms,
+        **dict.fromkeys(("latency_ci95_ms", "load_ms", "first_run_ms", "peak_rss_bytes")),
+        "samples_ns": [],
+        "yardstick_ns": [],
+        "conditions": {},
+        "parts": [],
+        "ops": [{**asdict(op), "share": 0.0} for op in estimate.ops] if per_op else [],
         **account,
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.bundle import Bundle
+from compressor.compiled import is_simulated
 from compressor.device import fingerprint
 from compressor.duel import Contender, DuelConfig, duel, profile_fresh
 from compressor.errors import ConfigError, DataError
@@ -90,10 +91,15 @@ def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptio
 
     Raises:
         BundleError: a bundle is damaged, or lacks the report that a rule needs.
-        ConfigError: a bundle does not hold the target.
+        ConfigError: a bundle does not hold the target, or only its simulator is here.
     """
     bundles = {"candidate": Bundle.open(candidate), "baseline": Bundle.open(baseline)}
     target = options.target or bundles["candidate"].default_target
+    if is_simulated(target):
+        raise ConfigError(
+            f"gate: target must run on this machine, got {target!r}, of which only a simulator is here.",
+            hint="A simulator's speed says nothing about the chip; compare the estimates of `vitrim profile`.",
+        )
     sides = {name: _contender(bundle, target, options) for name, bundle in bundles.items()}
     fought = duel(sides["candidate"], sides["baseline"], options.gate, replace(options.duel, threads=options.threads))
     findings: tuple[Finding, ...] = ()

@@ -15,6 +15,7 @@ import targets
 from calibration import data
 from compressor import history, peaks
 from compressor.bundle import Bundle
+from compressor.compiled import estimated_profile, is_simulated
 from compressor.duel import Contender, profile_fresh
 from compressor.errors import BundleError, ConfigError, DataError
 from compressor.output import write_text
@@ -99,7 +100,8 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
 def profile_source(source: Source, *, batch: int, per_op: bool, streams: int = 0) -> dict[str, Any]:
     """The ``vitrim profile --json`` object of a bundle or model; with `streams`, throughput of that many at once too.
 
-    A bundle is profiled in a process of its own, so that load time and peak memory are its session's alone.
+    A bundle is profiled in a process of its own, so that load time and peak memory are its session's alone. Where only a
+    simulator runs it here, nothing is timed: the answer is what its compiler estimated.
     """
     with ExitStack() as stack:
         opened = open_source(source, stack)
@@ -108,6 +110,10 @@ def profile_source(source: Source, *, batch: int, per_op: bool, streams: int = 0
             raise ConfigError(
                 f"batch must be {feed.shape[0]} for target {opened.target!r}, whose artifact is static, got {batch}."
             )
+        if opened.golden is not None and is_simulated(opened.target):
+            if streams:
+                raise ConfigError(f"streams must be 0 for target {opened.target!r}, simulated here, got {streams}.")
+            return estimated_profile(opened.artifact, threads=source.threads, per_op=per_op)
         inputs = {feed.name: np.resize(_pixels(opened), (batch, *feed.shape[1:]))}
         versions = {opened.target: targets.get(opened.target).available().version}
         config = ProfileConfig(threads=source.threads, target=opened.target, versions=versions)

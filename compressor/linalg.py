@@ -1,13 +1,32 @@
-"""Running Gram matrices in float64, for calibration and pruning. Shared like `compressor.vit`."""
+"""Running Gram matrices in float64, and their factors. Shared like `compressor.vit`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["GramSum"]
+__all__ = ["GramSum", "damped_factor"]
 
 PANEL = 512  # Rows of one panel: 3072 columns cost 0.58 of the full product.
+
+
+def damped_factor(gram: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of ``gram + d * mean(diag(gram)) * I``, (I, I) float64.
+
+    d is `damping`, ten times more as often as it takes: the rounding of sums can leave a rank-deficient gram slightly
+    indefinite. `gram` must have a positive trace.
+
+    >>> damped_factor(2 * torch.eye(2, dtype=torch.float64), 1.0).diagonal().tolist()
+    [2.0, 2.0]
+    """
+    level, damped = gram.diagonal().mean(), gram.clone()
+    while True:
+        damped.diagonal().copy_(gram.diagonal() + damping * level)
+        found = torch.linalg.cholesky_ex(damped)
+        if not found.info.item():
+            factor: Tensor = found.L
+            return factor
+        damping *= 10
 
 
 class GramSum:

@@ -36,6 +36,7 @@ from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, prune_stage, torch_logits
 from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, latency_ms
+from compressor.verdicts import pruning_speed
 from compressor.verify import accuracy
 
 __all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages"]
@@ -266,9 +267,17 @@ def _target_result(run: Run, outcome: Outcome, found: dict[str, Any]) -> dict[st
         "reason": outcome.reason,
         "settings": dict(kept.artifact.settings),
         "kept_float": list(kept_float),
+        "pruning": _pruning(run, outcome),
         **int8_share(outcome.ops, run.model.spec, kept_float, weight_only=kept.artifact.precision in WEIGHT_ONLY),
         "accuracy": found,
     }
+
+
+def _pruning(run: Run, outcome: Outcome) -> dict[str, Any] | None:
+    """Whether pruning alone made the target faster, in float; None where nothing was pruned."""
+    if not run.recipe.prunes:
+        return None
+    return pruning_speed(outcome.target, outcome.candidates[0].samples_ns, outcome.reference_ns)
 
 
 def _write(run: Run, folder: Path) -> dict[str, Any]:

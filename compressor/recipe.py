@@ -18,6 +18,7 @@ CHOICES = {
     "pruner": ("corp", "obs"),
     "precision": (*get_args(Precision), "auto"),
     "quantizer": ("vitrim", "nncf"),
+    "importance": ("output", "entropy"),
     "select": ("random", "k_centre", "coarse_to_fine"),
 }
 
@@ -41,6 +42,7 @@ class Recipe:
     vo_ratio: float = 0.0
     head_ratio: float = 0.0
     drop_blocks: int = 0
+    importance: Literal["output", "entropy"] = "output"
     target_macs: float | None = None
     target_params: float | None = None
     damping: float | None = None

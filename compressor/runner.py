@@ -58,10 +58,17 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _profile(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    from compressor.errors import TargetUnavailable
     from compressor.inference import Source, profile_source
 
     measured = {name: arguments[name] for name in ("batch", "per_op", "streams")}
-    return profile_source(Source(str(BUNDLE), arguments["target"], arguments["threads"]), **measured)
+    found = profile_source(Source(str(BUNDLE), arguments["target"], arguments["threads"]), **measured)
+    if found.get("estimated"):
+        raise TargetUnavailable(
+            f"target {found['target']!r}: the device must have the vendor's board package, got none.",
+            hint="Without --device, profile gives the compiler's estimate.",
+        )
+    return found
 
 
 def _verify(arguments: Mapping[str, Any]) -> dict[str, Any]:

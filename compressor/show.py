@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["accuracy", "compared", "compressed", "model", "profile", "searched"]
+__all__ = ["accuracy", "compared", "compressed", "estimated", "model", "placement", "profile", "searched"]
 
 Json = Mapping[str, Any]
 
@@ -52,6 +52,29 @@ def model(facts: Json) -> list[Any]:
     ]
 
 
+def placement(found: Json) -> list[Any]:
+    """`inspect --target`: what stays off the accelerator, and the widths it pads."""
+    where = f"{found['target']}{' ' + found['chip'] if found['chip'] else ''}"
+    if not found["unsupported"]:
+        lines: list[Any] = [
+            f"{where}: nothing known keeps any of the {found['operations']} operations off the accelerator"
+        ]
+    else:
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for f in found["unsupported"]:
+            alike.setdefault((f["op"], f["reason"], f["source"]), []).append(f["name"])
+        rows = [[op, len(names), names[0], reason, source] for (op, reason, source), names in alike.items()]
+        told = len(found["unsupported"])
+        title = f"{where}: {told} of {found['operations']} operations will not run on the accelerator"
+        lines = [_table(title, ["operation", "times", "first", "reason", "source"], rows)]
+    if found["widths"]:
+        rows = [[w["name"], w["width"], w["padded"]] for w in found["widths"]]
+        lines.append(
+            _table(f"Widths padded to multiples of {found['widths'][0]['multiple']}", ["", "width", "as"], rows)
+        )
+    return lines
+
+
 def compressed(result: Json) -> list[Any]:
     """`compress`."""
     before, after = result["reference"], result["compressed"]
@@ -80,6 +103,8 @@ def compressed(result: Json) -> list[Any]:
         lines.append(f"{t['name']}: {t['reason']}")
         if t["kept_float"]:
             lines.append(f"{t['name']}: in float, since integers change too many answers: {', '.join(t['kept_float'])}")
+        if t["pruning"] and t["pruning"]["sentence"]:
+            lines.append(t["pruning"]["sentence"])
     for c in result["compiled"]:
         cycles = sum(piece.get("cycles", 0) for piece in c["subgraphs"])
         counted = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency estimate"
@@ -130,8 +155,25 @@ def accuracy(found: Json) -> list[Any]:
     return lines
 
 
+def estimated(found: Json) -> list[Any]:
+    """`profile` of what only a simulator runs here."""
+    chip, pieces = found["device"]["chip"], found["subgraphs"]
+    cycles = sum(piece.get("cycles", 0) for piece in pieces)
+    modelled = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency"
+    if found["latency_ms"] is not None:
+        modelled = f"{found['latency_ms']['p50']:.3g} ms"
+    share = f"{100 * found['npu_mac_share']:.0f} % of MACs on the accelerator in {len(pieces)} piece(s)"
+    return [
+        f"{found['target']} ({found['precision']}){f' on {chip}' if chip else ''}, estimated; nothing was run",
+        f"  {modelled} by {found['estimator']}, without: {found['leaves_out']}",
+        f"  {share}; on the CPU: {', '.join(op['name'] for op in found['cpu_ops']) or 'nothing'}",
+    ]
+
+
 def profile(found: Json) -> list[Any]:
     """`profile`."""
+    if found.get("estimated"):
+        return estimated(found)
     ms = found["latency_ms"]
     what = f"{found['target']} ({found['precision']}), {found['threads']} thread(s), batch {found['batch']}"
     line = f"{what}, {found['runs']} runs after {found['warmup']} warm-up"

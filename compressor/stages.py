@@ -161,6 +161,7 @@ def prune_options(recipe: Recipe) -> dict[str, Any]:
     )
     options = {n: getattr(recipe, n) for n in names}
     if recipe.pruner == "obs":
+        options["importance"] = recipe.importance
         options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
     return options
 

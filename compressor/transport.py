@@ -57,7 +57,7 @@ def transport(url: str) -> Transport:
         ConfigError: no such scheme, a password in it, or a host, user, port or serial that cannot be one.
 
     >>> transport("ssh://pi@board:2222").command("true")[-5:]
-    ['2222', '-l', 'pi', 'board', "exec sh -c true"]
+    ['2222', '-l', 'pi', 'board', 'exec sh -c true']
     """
     try:
         parts = urlsplit(url)

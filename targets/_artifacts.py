@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from compressor.types import Artifact, BuildOptions, Capabilities, TensorSpec
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["check_files", "check_precision", "describe", "tensor_specs"]
+__all__ = ["check_chip", "check_files", "check_precision", "describe", "tensor_specs"]
 
 BLOCK = 1 << 20
 
@@ -53,6 +53,14 @@ def check_precision(target: str, capabilities: Capabilities, options: BuildOptio
         raise ConfigError(
             f"Precision of target {target!r} must be one of {', '.join(known)}, got {options.precision!r}."
         )
+
+
+def check_chip(target: str, known: Iterable[str], chip: str) -> str:
+    """`chip`, or the first of `known` when it is empty; raises ConfigError when the target does not know it."""
+    names = tuple(known)
+    if chip and chip not in names:
+        raise ConfigError(f"The chip of target {target!r} must be one of {', '.join(names)}, got {chip!r}.")
+    return chip or names[0]
 
 
 def check_files(artifact: Artifact) -> None:

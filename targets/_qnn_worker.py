@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compile", "load", "run"]
+__all__ = ["compile", "load", "run", "session"]
 
 _sessions: list[Any] = []  # the one model this process emulates
 
@@ -30,7 +30,7 @@ def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str
     options = {**arguments["provider"], "offload_graph_io_quantization": "0"}
     context = Path(f"{arguments['name']}.onnx")  # its binary is written beside it and referred to by name
     entries = {"ep.context_enable": "1", "ep.context_file_path": str(context), "ep.context_embed_mode": "0"}
-    _session(qdq, options, entries)
+    session(qdq, options, entries)
     nodes = [[n.name, n.op_type] for n in onnx.load(context, load_external_data=False).graph.node]
     inside = [[n.name, n.op_type] for n in onnx.load(qdq).graph.node]
     files = [str(p.resolve()) for p in (context, *sorted(Path().glob(f"{context.stem}*.bin")))]
@@ -41,7 +41,7 @@ def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str
 def load(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Open the quantized model, or a context, in the emulator for `run`."""
     del arrays  # Unused
-    _sessions[:] = [_session(arguments["model"], {}, {})]
+    _sessions[:] = [session(arguments["model"], {}, {})]
     return {"outputs": [o.name for o in _sessions[0].get_outputs()]}, {}
 
 
@@ -50,10 +50,10 @@ def run(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, An
     import numpy as np
 
     del arguments  # Unused
-    session = _sessions[0]
-    names = [o.name for o in session.get_outputs()]
+    opened = _sessions[0]
+    names = [o.name for o in opened.get_outputs()]
     count = len(next(iter(arrays.values())))
-    runs = [session.run(names, {n: a[i : i + 1] for n, a in arrays.items()}) for i in range(count)]
+    runs = [opened.run(names, {n: a[i : i + 1] for n, a in arrays.items()}) for i in range(count)]
     return {}, {n: np.concatenate([r[k] for r in runs]) for k, n in enumerate(names)}
 
 
@@ -75,17 +75,17 @@ def _reader(name: str, images: Any) -> Any:
     return Reader()
 
 
-def _session(model: str, provider: Mapping[str, str], entries: Mapping[str, str]) -> Any:
+def session(model: str, provider: Mapping[str, str], entries: Mapping[str, str]) -> Any:
+    """An ONNX Runtime session of `model` on the HTP, or its emulator; `provider` and `entries` are the QNN provider's options."""
     import onnxruntime
     import onnxruntime_qnn  # type: ignore[import-not-found]
 
     name = "QNNExecutionProvider"
-    if not _sessions:
-        try:
-            onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
-        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
-            if "already registered" not in str(error):
-                raise
+    try:
+        onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+        if "already registered" not in str(error):
+            raise
     devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == name]
     options = onnxruntime.SessionOptions()
     for key, value in entries.items():

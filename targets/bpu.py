@@ -5,6 +5,9 @@ itself on the images it is given. Measured with mapper 1.24.3 on DeiT-Tiny at O2
 operation on the CPU. A softmax node would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves
 it, a ReduceMax, and a MaxPool over a whole row each make the compiler run without end at 197 tokens, and poolings in small
 windows do not (bench/results/npu.md). Logits of rank 2 would be a reshape on the CPU.
+
+On the board itself, `open` runs the ``.bin`` through D-Robotics' `hobot_dnn` (RDK documentation, "Model inference API":
+``pyeasy_dnn.load(path)``, ``Model.forward(array)``, ``pyDNNTensor.buffer``). This has met no board yet.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ import numpy as np
 
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
-from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe, tensor_specs
+from targets import _board, _estimate, _venv
+from targets._artifacts import check_chip, check_files, check_precision, describe, tensor_specs
+from targets._bpu_constraints import TABLES
+from targets._constraints import Table
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "compile_graph", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "compile_graph", "constraints", "install", "open"]
 
 NAME = "bpu"
 CAPABILITIES = Capabilities(
@@ -75,9 +80,17 @@ NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\
 LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
 
 
+BOARD = ("hobot_dnn", "hobot_dnn_rdkx5")  # as the board's system image has it, and as the package index
+
+
 def available() -> Availability:
-    """Whether the mapper's environment is installed; starts nothing."""
-    return _venv.availability(RECIPE)
+    """Whether this is a board, or the mapper's environment is installed; starts nothing."""
+    return _board.availability(RECIPE, *BOARD)
+
+
+def on_board() -> bool:
+    """Whether `open` runs on the chip here, not in the simulator."""
+    return bool(_board.present(*BOARD))
 
 
 def install(say: Callable[[str], None]) -> Path:
@@ -87,6 +100,15 @@ def install(say: Callable[[str], None]) -> Path:
         TargetUnavailable: there is no Python 3.10, or pip failed.
     """
     return _venv.install(RECIPE, say)
+
+
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the BPU of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    return TABLES[check_chip(NAME, CHIPS, chip)]
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
@@ -106,10 +128,9 @@ def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> A
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or CHIPS[0]
-    for what, got, known in (("chip", chip, CHIPS), ("effort", effort, EFFORTS)):
-        if got not in known:
-            raise ConfigError(f"The {what} of target 'bpu' must be one of {', '.join(known)}, got {got!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
+    if effort not in EFFORTS:
+        raise ConfigError(f"The effort of target 'bpu' must be one of {', '.join(EFFORTS)}, got {effort!r}.")
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'bpu', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -127,16 +148,40 @@ def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> A
     return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
 
 
-def open(artifact: Artifact, threads: int = 1) -> BpuSession:
-    """The vendor's simulation of `artifact` on this CPU: the integers of the chip, at no speed that means anything.
+def open(artifact: Artifact, threads: int = 1) -> BpuSession | _board.OnBoard:
+    """`artifact` on the chip, on a board; elsewhere the vendor's simulation: the chip's integers, at no meaningful speed.
 
     Raises:
-        TargetUnavailable: the mapper is not installed.
+        TargetUnavailable: the mapper is not installed, or the board does not take the model.
         BundleError: a file is missing or changed.
     """
-    del threads  # Unused: the simulator decides
+    del threads  # Unused: the chip and the simulator decide
     check_files(artifact)
-    return BpuSession(artifact)
+    package = _board.present(*BOARD)
+    return _board.OnBoard(artifact, package, _hobot(artifact, package)) if package else BpuSession(artifact)
+
+
+def _hobot(artifact: Artifact, package: str) -> _board.Infer:
+    """One inference through D-Robotics' library: a float32 feature map in, NCHW as `_config` says, a float32 tensor out."""
+    try:
+        if package == "hobot_dnn":
+            from hobot_dnn import pyeasy_dnn  # type: ignore[import-not-found]
+        else:
+            from hobot_dnn_rdkx5 import pyeasy_dnn  # type: ignore[import-not-found]
+        (model, *_) = pyeasy_dnn.load(str(artifact.path))
+        shape = tuple(int(size) for size in model.inputs[0].properties.shape)
+    except (ImportError, RuntimeError, OSError, ValueError, IndexError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise TargetUnavailable(f"{package}: must load {artifact.path.name}, got {got}.") from error
+    if shape != artifact.inputs[0].shape:
+        raise TargetUnavailable(
+            f"{artifact.path.name}: must take {artifact.inputs[0].shape}, got {shape} on this board."
+        )
+
+    def infer(image: Array) -> object:
+        return model.forward(image)[0].buffer
+
+    return infer
 
 
 class BpuSession:

@@ -4,6 +4,9 @@ The graph is the token layout at opset 20, where GELU and LayerNorm are one node
 whole network becomes one HTP context with nothing left on the CPU (opset 18 with an erf GELU falls into 38 pieces). QNN reads
 weights, norms and activations in its own QDQ form, so ONNX Runtime's quantizer writes it from the float graph. The emulator
 computes what the chip computes; its time says nothing about the chip's.
+
+On a device with `onnxruntime_qnn` beside onnxruntime, `open` runs the context on its HTP, by the very code that drives the
+emulator (onnxruntime-qnn, docs/execution_providers/QNN-ExecutionProvider.md). This has met no device yet.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.errors import ConfigError
+from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import PRECISION_BITS, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
-from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe
+from targets import _board, _estimate, _qnn_worker, _venv
+from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._constraints import Table
+from targets._qnn_constraints import TABLE
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "constraints", "install", "open"]
 
 NAME = "qnn"
 CAPABILITIES = Capabilities(
@@ -52,9 +57,17 @@ KNOWN = {
 }
 
 
+BOARD = "onnxruntime_qnn"
+
+
 def available() -> Availability:
-    """Whether the compiler's environment is installed; starts nothing."""
-    return _venv.availability(RECIPE)
+    """Whether this is a device, or the compiler's environment is installed; starts nothing."""
+    return _board.availability(RECIPE, BOARD)
+
+
+def on_board() -> bool:
+    """Whether `open` runs on the chip here, not in the emulator."""
+    return bool(_board.present(BOARD))
 
 
 def install(say: Callable[[str], None]) -> Path:
@@ -64,6 +77,16 @@ def install(say: Callable[[str], None]) -> Path:
         TargetUnavailable: pip failed.
     """
     return _venv.install(RECIPE, say)
+
+
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the HTP of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    check_chip(NAME, CHIPS, chip)
+    return TABLE
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
@@ -78,9 +101,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or next(iter(CHIPS))
-    if chip not in CHIPS:
-        raise ConfigError(f"The chip of target 'qnn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'qnn', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -102,16 +123,32 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     return describe(NAME, graph, options, files, {"chip": chip})
 
 
-def open(artifact: Artifact, threads: int = 1) -> QnnSession:
-    """The HTP emulator running `artifact` on this CPU, at no speed that means anything.
+def open(artifact: Artifact, threads: int = 1) -> QnnSession | _board.OnBoard:
+    """`artifact` on the chip, on a device; elsewhere the HTP emulator on this CPU, at no meaningful speed.
 
     Raises:
-        TargetUnavailable: the environment is not installed.
+        TargetUnavailable: the environment is not installed, or the device does not take the context.
         BundleError: a file is missing or changed.
     """
-    del threads  # Unused: the emulator decides
+    del threads  # Unused: the chip and the emulator decide
     check_files(artifact)
-    return QnnSession(artifact)
+    return _board.OnBoard(artifact, BOARD, _context(artifact)) if on_board() else QnnSession(artifact)
+
+
+def _context(artifact: Artifact) -> _board.Infer:
+    """One inference through ONNX Runtime's QNN provider, float32 in and out; the context quantizes."""
+    try:
+        session = _qnn_worker.session(str(artifact.path.resolve()), {}, {})
+    except Exception as error:  # ONNX Runtime's errors have no base of their own
+        got = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        hint = f"It was built for {artifact.settings.get('chip', next(iter(CHIPS)))}."
+        raise TargetUnavailable(f"{BOARD}: must load {artifact.path.name}, got {got}.", hint=hint) from error
+    feed, output = artifact.inputs[0].name, artifact.outputs[0].name
+
+    def infer(image: Array) -> object:
+        return session.run([output], {feed: image})[0]
+
+    return infer
 
 
 class QnnSession:

@@ -5,6 +5,11 @@ every product with weights into a convolution by itself. Measured with rknn-tool
 left on the CPU but the conversion of the input and of the output. A 16 x 16 patch convolution is computed with stride 4 and
 three quarters of each axis thrown away: 4.35 M cycles, against 0.12 M behind two exact halvings of the image; a pixel
 unshuffle costs 0.23 M and leaves a reshape on the CPU, as logits of rank 2 would.
+
+On the board itself, `open` runs the ``.rknn`` through Rockchip's rknn-toolkit-lite2 (``rknnlite.api.RKNNLite``: load_rknn,
+init_runtime, inference; a 4-D input is NHWC unless told otherwise, and some releases know nothing else:
+rockchip-linux/rknn-toolkit2 issues 206 and 344). This has met no board yet; that NHWC images give what NCHW ones give was
+checked in the toolkit's simulator, whose interface is the same.
 """
 
 from __future__ import annotations
@@ -22,13 +27,15 @@ import numpy as np
 
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
-from targets import _estimate, _venv
-from targets._artifacts import check_files, check_precision, describe
+from targets import _board, _estimate, _venv
+from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._constraints import Table
+from targets._rknn_constraints import TABLES
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "install", "open"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "constraints", "install", "open"]
 
 NAME = "rknn"
 CAPABILITIES = Capabilities(
@@ -77,9 +84,17 @@ ROW = re.compile(r"\] (\d+) +(\w+) +(\w+) +(CPU|NPU) .*? \d+/\d+/(\d+) +(?:\d+% 
 ENDS = ("InputOperator", "OutputOperator")  # conversions around the network, no operations of it
 
 
+BOARD = "rknnlite"
+
+
 def available() -> Availability:
-    """Whether the toolkit's environment is installed; starts nothing."""
-    return _venv.availability(RECIPE)
+    """Whether this is a board, or the toolkit's environment is installed; starts nothing."""
+    return _board.availability(RECIPE, BOARD)
+
+
+def on_board() -> bool:
+    """Whether `open` runs on the chip here, not in the simulator."""
+    return bool(_board.present(BOARD))
 
 
 def install(say: Callable[[str], None]) -> Path:
@@ -89,6 +104,15 @@ def install(say: Callable[[str], None]) -> Path:
         TargetUnavailable: there is no Python 3.11, or pip failed.
     """
     return _venv.install(RECIPE, say)
+
+
+def constraints(chip: str = "") -> Table:
+    """What keeps an operation off the NPU of `chip`, with sources; needs no vendor tool.
+
+    Raises:
+        ConfigError: the chip is unknown.
+    """
+    return TABLES[check_chip(NAME, CHIPS, chip)]
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
@@ -103,9 +127,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    chip = options.chip or CHIPS[0]
-    if chip not in CHIPS:
-        raise ConfigError(f"The chip of target 'rknn' must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    chip = check_chip(NAME, CHIPS, options.chip)
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'rknn', got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -123,16 +145,41 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
 
 
-def open(artifact: Artifact, threads: int = 1) -> RknnSession:
-    """The toolkit's simulation of `artifact` on this CPU: the integers of the chip, at no speed that means anything.
+def open(artifact: Artifact, threads: int = 1) -> RknnSession | _board.OnBoard:
+    """`artifact` on the chip, on a board; elsewhere the toolkit's simulation: the chip's integers, at no meaningful speed.
 
     Raises:
-        TargetUnavailable: the toolkit is not installed.
+        TargetUnavailable: the toolkit is not installed, or the board does not take the model.
         BundleError: a file is missing or changed.
     """
-    del threads  # Unused: the simulator decides
+    del threads  # Unused: the chip and the simulator decide
     check_files(artifact)
-    return RknnSession(artifact)
+    return _board.OnBoard(artifact, BOARD, _lite(artifact)) if on_board() else RknnSession(artifact)
+
+
+def _lite(artifact: Artifact) -> _board.Infer:
+    """One inference through Rockchip's library: float32 NHWC in, which it quantizes itself, float32 out."""
+    try:
+        from rknnlite.api import RKNNLite  # type: ignore[import-not-found]
+
+        lite = RKNNLite()
+        steps = (("load_rknn", lambda: lite.load_rknn(str(artifact.path))), ("init_runtime", lite.init_runtime))
+        for name, step in steps:
+            code = step()
+            if code:
+                raise RuntimeError(f"{name} returned {code}")
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        hint = f"It was built for {artifact.settings.get('chip', CHIPS[0])}; librknnrt must be as new as the toolkit."
+        raise TargetUnavailable(f"{BOARD}: must load {artifact.path.name}, got {got}.", hint=hint) from error
+
+    def infer(image: Array) -> object:
+        outputs = lite.inference(inputs=[np.ascontiguousarray(image.transpose(0, 2, 3, 1))])
+        if not outputs:
+            raise RuntimeError("inference returned nothing")
+        return outputs[0]
+
+    return infer
 
 
 class RknnSession:

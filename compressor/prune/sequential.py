@@ -2,6 +2,7 @@
 
 Two token streams run through the network, dense and compressed, block by block. Inside a block:
 
+    inputs  what q, k, v and fc1 read is mapped back to what they read in the dense network, as far as a linear map can
     heads   the cheapest whole heads go                         (`vo.remove_heads`)
     Q/K     logits of rank r per head                           (`qk`; by coordinates under a q/k norm: `qk_norm`)
     V/O     r features per head, output projection refitted     (`vo.reduce_values`, `regress.fold`)
@@ -9,6 +10,7 @@ Two token streams run through the network, dense and compressed, block by block.
 
 The target of both refits is what brings the compressed stream back onto the dense one, not the dense branch's output,
 so errors of earlier blocks are corrected where they can be; a dropped block is made up for by the fc2 before it.
+Mapping the inputs took 8 to 18 % off the divergence of two trained models with 75 and 87.5 % removed (images held out).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from compressor.prune.surgery import (
     close_mlp,
     double,
     fold_heads,
+    fold_inputs,
     keep_heads,
     keep_units,
     opened,
@@ -49,18 +52,19 @@ class SequentialPass:
 
     Args:
         tokens: the embedded calibration images; becomes the dense stream.
-        weight: (T,) how much each token's own error matters, mean 1.
+        weights: (T,) per dense block, how much each token's own error matters, mean 1.
         damping: of `regress.fold`.
     """
 
-    def __init__(self, tokens: TokenStream, weight: Tensor, damping: float | None) -> None:
+    def __init__(self, tokens: TokenStream, weights: Sequence[Tensor], damping: float | None) -> None:
         self.dense, self.small = tokens, tokens.copy()
-        self._weight, self._damping = weight, damping
+        self._weights, self._weight, self._damping = weights, weights[0], damping
+        self._apart = False  # whether the streams differ at all
 
     def skip(self, blocks: Sequence[Block]) -> Tensor:
         """Carry only the dense stream through `blocks`; the constant per token (T, C) that makes up most of it."""
         missing = torch.zeros_like(self.dense[0][0], dtype=torch.float64)
-        images = 0
+        images, self._apart = 0, True
         for i, tokens in enumerate(self.dense):
             for block in blocks:
                 tokens = block(tokens)
@@ -83,8 +87,10 @@ class SequentialPass:
             index: of the block in the dense model, for the report.
             dropped: dense blocks right behind this one that the compressed network does not have.
         """
+        self._weight = self._weights[index]
         small, reports = opened(block), []
         anchor = double(block.proj.weight)
+        aligned = self._align(small, small.norm1, ("q", "k", "v"))
         for i, tokens in enumerate(self.dense):
             self.dense[i] = tokens + block.attention(tokens)
         if after.heads < block.spec.heads:
@@ -95,15 +101,26 @@ class SequentialPass:
             reports.append(self._qk(small, after.qk_dim, index))
         reports.append(self._vo(small, anchor, after.v_dim, index))
         error = self._advance(small.attention)
-        reports = [replace(r, measured=error) for r in reports]
+        reports = [_measured(r, error, aligned) for r in reports]
+        aligned = self._align(small, small.norm2, ("fc1", "gate") if block.spec.mlp == "swiglu" else ("fc1",))
         for i, tokens in enumerate(self.dense):
             tokens = tokens + block.mlp(tokens)
             for gone in dropped:
                 tokens = gone(tokens)
             self.dense[i] = tokens
         report = self._mlp(small, double(block.fc2.weight), after.mlp_dim, index)
-        reports.append(replace(report, measured=self._advance(small.mlp)))
+        reports.append(_measured(report, self._advance(small.mlp), aligned))
         return small, reports
+
+    def _align(self, small: Block, norm: Callable[[Tensor], Tensor], names: Sequence[str]) -> str:
+        """Let the linears `names` behind `norm` read its compressed output mapped onto the dense one; the fallback."""
+        if not self._apart:
+            return ""
+        fit, held = _paired_sums(self.small, self.dense, self._weight, lambda x, goal: (norm(x), norm(goal)))
+        identity = torch.eye(self.small[0].shape[2], dtype=torch.float64, device=self._weight.device)
+        fitted = fold(fit, held, identity, torch.arange(len(identity), device=identity.device), self._damping)
+        fold_inputs(small, names, fitted)
+        return fitted.fallback
 
     def _advance(self, branch: Callable[[Tensor], Tensor]) -> float:
         """Add `branch` to the compressed stream; its squared distance to the dense one, relative to that."""
@@ -114,6 +131,7 @@ class SequentialPass:
             dense = self.dense[i]
             change += (tokens - dense).double().square().sum().item()
             energy += dense.double().square().sum().item()
+        self._apart |= change > 0
         return change / max(energy, 1e-300)
 
     def _sums(self, branch: Callable[[Tensor], Tensor]) -> tuple[CrossSum, CrossSum]:
@@ -173,11 +191,18 @@ def branch_sums(
     Returns:
         Those of the images fitted, and those of every fourth image, held out.
     """
-    first = branch(tokens[0]).flatten(0, 1)
-    parts = [CrossSum(first.mean(0), goal[0].shape[2]) for _ in range(2)]
+    return _paired_sums(tokens, goal, weight, lambda x, to: (branch(x), to - x))
+
+
+def _paired_sums(
+    tokens: TokenStream, goal: TokenStream, weight: Tensor, make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[CrossSum, CrossSum]:
+    """Sums of the rows (B, T, M) and targets (B, T, C) that `make` finds in both streams: fitted, and held out."""
+    first, target = make(tokens[0], goal[0])
+    parts = [CrossSum(first.flatten(0, 1).mean(0), target.shape[2]) for _ in range(2)]
     images = 0
     for i, x in enumerate(tokens):
-        rows, target = branch(x), goal[i] - x  # (B, T, M), (B, T, C)
+        rows, target = make(x, goal[i])
         held = torch.arange(images, images + len(x), device=weight.device) % HOLD_OUT == HOLD_OUT - 1
         images += len(x)
         for part, chosen in zip(parts, (~held, held), strict=True):
@@ -197,3 +222,9 @@ def logit_moments(block: Block, tokens: TokenStream, weight: Tensor) -> LogitMom
 
 def _report(index: int, part: Part, before: int, after: int, fitted: Fold) -> BlockReport:
     return BlockReport(index, part, before, after, fitted.error, fitted.damping, fallback=fitted.fallback)
+
+
+def _measured(report: BlockReport, error: float, aligned: str) -> BlockReport:
+    """`report` with the branch's measured error, and what the fit of its inputs fell back on."""
+    fallbacks = dict.fromkeys(f for f in (report.fallback, aligned) if f)
+    return replace(report, measured=error, fallback="; ".join(fallbacks))

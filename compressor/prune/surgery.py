@@ -21,6 +21,7 @@ __all__ = [
     "close_mlp",
     "double",
     "fold_heads",
+    "fold_inputs",
     "keep_heads",
     "keep_units",
     "linear",
@@ -62,6 +63,14 @@ def fold_heads(small: Block, name: str, basis: Tensor) -> None:
     weight = basis.mT @ double(old.weight).reshape(*basis.shape[:2], -1)  # (H, r, C)
     bias = basis.mT @ double(old.bias).reshape(*basis.shape[:2], 1)
     setattr(small, name, linear(weight.flatten(0, 1), bias.flatten()))
+
+
+def fold_inputs(small: Block, names: Sequence[str], fitted: Fold) -> None:
+    """Let the linears of these names read the fitted map of their input."""
+    for name in names:
+        old = getattr(small, name)
+        weight = double(old.weight)
+        setattr(small, name, linear(weight @ fitted.weight, double(old.bias) + weight @ fitted.bias))
 
 
 def keep_units(small: Block, kept: Tensor) -> None:

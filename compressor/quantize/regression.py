@@ -12,22 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.linalg import GramSum
+from compressor.linalg import GramSum, damped_factor
 
 __all__ = ["Fit", "Regression"]
 
 
 class _Sums:
-    """Weighted moments of inputs x (I,) and targets y (O,): n, E x, E y, E x x^T, E y x^T."""
+    """Weighted moments of inputs x (I,) and targets y (O,): n, E x, E y, E x x^T, E y x^T.
+
+    Inputs are taken relative to the mean of the first rows: where the mean is large, the sums would lose the variance.
+    """
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
         self.count = 0.0
+        self.origin: Tensor | None = None  # (I,) float32
         self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
         self.y = torch.zeros(targets, dtype=torch.float64, device=device)
         self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
         self.gram = GramSum((inputs,), device)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        if self.origin is None:
+            self.origin = x.mean(0)
+        x = x - self.origin
         weighted = x * weight[:, None]
         self.count += float(weight.double().sum())
         self.x += weighted.sum(0, dtype=torch.float64)
@@ -36,10 +43,11 @@ class _Sums:
         self.gram.add(x * weight.sqrt()[:, None])
 
     def centred(self) -> _Centred:
+        assert self.origin is not None
         x, y = self.x / self.count, self.y / self.count
         return _Centred(
             self.count,
-            x,
+            x + self.origin,
             y,
             self.gram.matrix() / self.count - torch.outer(x, x),
             self.cross / self.count - torch.outer(y, x),
@@ -72,9 +80,7 @@ class _Centred:
 
     def ridge(self, weight: Tensor, damping: float) -> Tensor:
         """argmin over W of E |y - W x|^2 + damping * mean(diag gram) * |W - weight|^2, intercept free."""
-        damped = self.gram.clone()
-        damped.diagonal().add_(damping * self.gram.diagonal().mean())
-        factor = torch.linalg.cholesky(damped)
+        factor = damped_factor(self.gram, damping)
         return weight + torch.cholesky_solve((self.cross - weight @ self.gram).T, factor).T
 
     def loss(self, weight: Tensor) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compressor.linalg import damped_factor
 from compressor.quantize.grid import per_channel
 from compressor.types import QParams
 
@@ -46,9 +47,7 @@ def second_order(weight: Tensor, gram: Tensor, q: QParams) -> Tensor:
     if not energy.mean() > 0:
         return plain
     order = energy.argsort(descending=True, stable=True)
-    damped = gram[order][:, order]
-    damped.diagonal().add_(DAMPING * energy.mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(damped_factor(gram[order][:, order], DAMPING))
     scale = _scale(weight, q).expand_as(weight)[:, order]  # groups follow the columns, not the order of rounding
     rounded = _feed_forward(weight[:, order], scale, torch.linalg.cholesky(inverse, upper=True), q)
     fed = torch.empty_like(weight)

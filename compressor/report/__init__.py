@@ -49,6 +49,7 @@ def render(report: Json) -> str:
         "headline": _headline,
         "targets": _targets,
         "front": lambda r: Markup(chart) if (chart := _front(r)) else None,  # compressor.report.charts escapes
+        "searched": lambda r: bool(r.get("search")),
         "blocks": _blocks,
         "parts": _parts,
         "ecdf": lambda r: Markup(chart) if (chart := _ecdf(r)) else None,  # compressor.report.charts escapes
@@ -163,7 +164,7 @@ def _targets(report: Json) -> list[dict[str, Any]]:
                 "speedup": _times(old / new),
                 "interval": _p50_note(report, t),
                 "reverted": bool(t["reverted"]),
-                "reason": t.get("reason") or "",
+                "reason": " ".join(filter(None, (t.get("reason"), (t.get("pruning") or {}).get("sentence")))),
             }
         )
     return rows

@@ -232,6 +232,8 @@ def test_gate_passes_the_same_bundle(bundle, tmp_path):
     assert keys <= done.json.keys() and done.json["verdict"] == "pass" and done.json["limit"] == 2.0
     assert "within the limits" in page.read_text() and "<testsuite" in xml.read_text()
     assert vitrim("gate", bundle, "--json").code == 2
+    simulated = vitrim("gate", bundle, "--baseline", bundle, "--target", "rknn")
+    assert simulated.code == 2 and "only a simulator is here" in simulated.err
     assert done.json["target"] == "ort" and len(done.json["history"]["p50_ms"]) == 1
     drawn = vitrim("report", "--history", tmp_path / "history", "--json")
     assert drawn.code == 0 and "target ort" in (tmp_path / "history/history.html").read_text()

@@ -16,7 +16,10 @@ RUNTIMES = {
     "tensorrt_rtx_bindings",
     "onnxruntime_qnn",
     "rknn",
+    "rknnlite",
     "horizon_tc_ui",
+    "hobot_dnn",
+    "hobot_dnn_rdkx5",
 }
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
@@ -38,6 +41,7 @@ ORCHESTRATION = {
         "inventory",
         "output",
         "pipeline",
+        "placement",
         "probe",
         "quantizing",
         "race",
@@ -47,7 +51,7 @@ ORCHESTRATION = {
         "runner",
         "search",
     ),
-    *("stages", "transport", "worker"),
+    *("stages", "transport", "verdicts", "worker"),
 }
 
 

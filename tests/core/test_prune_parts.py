@@ -18,8 +18,9 @@ from compressor.prune.mlp import PENDING, eliminate
 from compressor.prune.qk import LogitMoments, reduce_logits
 from compressor.prune.qk_norm import reduce_coordinates
 from compressor.prune.regress import CrossSum, Quadratic, fold
+from compressor.prune.sequential import SequentialPass
 from compressor.prune.stream import TokenStream
-from compressor.prune.surgery import queries_keys
+from compressor.prune.surgery import opened, queries_keys
 from compressor.prune.vo import block_diagonal, reduce_values, remove_heads
 from compressor.types import BlockSpec, VitSpec
 from compressor.vit import Block
@@ -304,6 +305,25 @@ def test_allocate_rounds_widths_to_multiples() -> None:
     curves = [curve(0, "mlp_dim", [float(30 - i) for i in range(31)])]
     chosen = allocate(spec, curves, VitSpec.macs, 0.9 * spec.macs(), 8)
     assert chosen.blocks[0].mlp_dim in (8, 16, 24)
+
+
+def test_what_linears_read_is_mapped_back_onto_the_dense_input() -> None:
+    """A compressed stream with its channels in another order, which a norm does not mind, is undone exactly."""
+    torch.manual_seed(0)
+    block = Block(BlockSpec(2, 8, 8, 20), 12, 1e-6).requires_grad_(False)
+    tokens, order = TokenStream(CPU), torch.randperm(12)
+    for _ in range(3):
+        tokens.append(torch.randn(5, 10, 12))
+    run, small = SequentialPass(tokens, [torch.ones(10)], 1e-6), opened(block)
+    assert run._align(small, small.norm1, ("q",)) == "" and small.q.weight is not block.q.weight
+    torch.testing.assert_close(small.q.weight, block.q.weight, rtol=0, atol=0)  # nothing to undo yet
+    for i in range(3):
+        run.small[i] = tokens[i][..., order]
+    run._apart = True
+    run._align(small, small.norm1, ("q",))
+    expected, got = block.q(block.norm1(run.dense[0])), small.q(small.norm1(run.small[0]))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    assert (block.q(block.norm1(run.small[0])) - expected).abs().max() > 0.1  # negative control
 
 
 @pytest.mark.parametrize("limit", [0, 5 * 4 * 3 * 4, 1 << 20])

@@ -72,6 +72,31 @@ def test_second_order_equals_solving_for_the_columns_left(bits):
     assert np.allclose(second_order(weight, gram, q).numpy(), expected, atol=1e-9)
 
 
+def test_sums_that_rounding_left_indefinite_are_damped_until_they_factor():
+    """Six rows of 40 columns around a large mean, multiplied in float32 as the statistics are."""
+    x = 1e-3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) + 100
+    gram = (x.T @ x).double() / 6 - torch.outer(x.mean(0).double(), x.mean(0).double())
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(40)
+    with pytest.raises(torch.linalg.LinAlgError):  # the control
+        torch.linalg.cholesky(damped)
+    weight = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    q = symmetric(weight.abs().amax(1).numpy(), 4, axis=0)
+    assert torch.isfinite(second_order(weight, gram, q)).all()
+
+
+def test_a_large_mean_does_not_cost_the_variance():
+    """Against float64 least squares; sums of x x^T in float32 would be off by more than the variance itself."""
+    generator = torch.Generator().manual_seed(3)
+    x = 1e-2 * torch.randn(400, 5, generator=generator) + 50
+    true = torch.randn(2, 5, generator=generator)
+    y = (x - 50) @ true.T
+    sums = Regression(5, 2, torch.device("cpu"))
+    for half in (0, 1):
+        sums.add(half, x[half::2], y[half::2], torch.ones(200))
+    fit = sums.fit(torch.zeros(2, 5, dtype=torch.float64), (1e-4,))
+    assert torch.allclose(fit.weight.float(), true, rtol=1e-2, atol=1e-3)
+
+
 @given(st.integers(0, 999), st.sampled_from([4, 6, 8]), st.integers(2, 150), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_second_order_is_on_the_grid_and_never_worse(seed, bits, width, deficient):
