@@ -21,6 +21,7 @@ from compressor.errors import ConfigError, TargetUnavailable
 from compressor.profile import ProfileConfig, faster
 from compressor.race import Race, race_here
 from compressor.types import (
+    WEIGHT_ONLY,
     Array,
     Artifact,
     BuildOptions,
@@ -226,20 +227,22 @@ def _candidate(
 def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:
     """The kept candidate, whether a requested or possible quantized one was dropped for it, and why.
 
-    The first candidate, fp32, is kept unless another is faster with its whole 95 % interval.
+    The first candidate, fp32, is kept unless another is faster with its whole 95 % interval. Integers for the weights alone
+    are asked for the size of the file: they are kept however long they take, and the reason says how long.
     """
     base = candidates[0]
     if len(candidates) == 1:
         return base, False, f"{base.artifact.precision} was the only precision asked for."
     ratios = {c.label: faster(c.samples_ns, base.samples_ns) for c in candidates[1:]}
     exact = [c for c in candidates[1:] if 100 * c.parity.agreement >= min_agreement or wanted == c.artifact.precision]
-    kept = min([base, *(c for c in exact if ratios[c.label].is_faster)], key=lambda c: c.p50)
+    small = [c for c in exact if c.artifact.precision in WEIGHT_ONLY]
+    kept = min(small or [base, *(c for c in exact if ratios[c.label].is_faster)], key=lambda c: c.p50)
     told = [f"{base.label} {base.p50:.3g} ms"]
     for c in candidates[1:]:
         r = ratios[c.label]
         text = f"{c.label} {c.p50:.3g} ms ({r.ratio:.2f}x its time, 95 % interval {r.low:.2f} to {r.high:.2f})"
         told.append(text if c in exact else f"{text}, not eligible at {100 * c.parity.agreement:.1f} % agreement")
-    reason = f"{kept.label} kept: " + "; ".join(told) + "."
+    reason = f"{kept.label} kept{', for its size' if small else ''}: " + "; ".join(told) + "."
     if wanted != "auto":
         return kept, kept.artifact.precision != wanted, reason
     return kept, kept.artifact.precision in FLOAT and any(c.artifact.precision not in FLOAT for c in candidates), reason

@@ -31,13 +31,16 @@ class FloatPart:
     reason: str
 
 
-def int8_share(ops: Sequence[OpRecord], spec: VitSpec, kept_float: Collection[str] = ()) -> dict[str, Any]:
+def int8_share(
+    ops: Sequence[OpRecord], spec: VitSpec, kept_float: Collection[str] = (), *, weight_only: bool = False
+) -> dict[str, Any]:
     """``int8_mac_share`` (None without a table of nodes) and ``float_parts``, from what a runtime executed.
 
     Args:
         ops: the runtime's own table.
         spec: of the model that ran.
         kept_float: sites that our plan left in float, as ``blocks.3.fc1``.
+        weight_only: whether the plan stores integers but multiplies floats.
     """
     nodes: dict[Place, list[OpRecord]] = {}
     for op, place in zip(ops, places(ops), strict=True):
@@ -54,7 +57,11 @@ def int8_share(ops: Sequence[OpRecord], spec: VitSpec, kept_float: Collection[st
         integer += share * amount
         if share < 1:
             name = _name(place)
-            key = (name, next(p for p in precisions if p != "int8"), _reason(name, place, kept_float))
+            key = (
+                name,
+                next(p for p in precisions if p != "int8"),
+                _reason(name, place, kept_float, weight_only=weight_only),
+            )
             rest[key] = rest.get(key, 0.0) + (1 - share) * amount
     parts = [FloatPart(name, precision, amount / total, why) for (name, precision, why), amount in rest.items()]
     return {"int8_mac_share": integer / total, "float_parts": [asdict(part) for part in parts]}
@@ -72,7 +79,9 @@ def _name(place: Place) -> str:
     return part if block is None or part == "attention" else f"blocks.{block}.{part}"
 
 
-def _reason(name: str, place: Place, kept_float: Collection[str]) -> str:
+def _reason(name: str, place: Place, kept_float: Collection[str], *, weight_only: bool) -> str:
     if place[1] == "attention":
         return "the plan: products of two activations stay in float"
-    return "the plan: too sensitive" if name in kept_float else "the runtime chose a float kernel"
+    if name in kept_float:
+        return "the plan: too sensitive"
+    return "the plan: only the weights are integers" if weight_only else "the runtime chose a float kernel"

@@ -35,7 +35,7 @@ from compressor.race import Race, race_here
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, prune_stage, torch_logits
-from compressor.types import Array, Artifact, Model, Precision, latency_ms
+from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, latency_ms
 from compressor.verdicts import pruning_speed
 from compressor.verify import accuracy
 
@@ -268,7 +268,7 @@ def _target_result(run: Run, outcome: Outcome, found: dict[str, Any]) -> dict[st
         "settings": dict(kept.artifact.settings),
         "kept_float": list(kept_float),
         "pruning": _pruning(run, outcome),
-        **int8_share(outcome.ops, run.model.spec, kept_float),
+        **int8_share(outcome.ops, run.model.spec, kept_float, weight_only=kept.artifact.precision in WEIGHT_ONLY),
         "accuracy": found,
     }
 

@@ -127,7 +127,7 @@ def write(refined: Refined, folder: Path) -> None:
     for kind, table in tables.items():
         for name, q in table.items():
             arrays[f"{kind}/{name}"] = np.asarray(q.scale, np.float32)
-            facts[f"{kind}/{name}"] = [q.zero_point, q.bits, q.axis]
+            facts[f"{kind}/{name}"] = [q.zero_point, q.bits, q.axis, q.group]
     np.savez(folder / "quantization.npz", facts=np.array(json.dumps(facts)), **arrays)
     (folder / "layers.json").write_text(json.dumps([asdict(layer) for layer in refined.layers]))
 
@@ -136,9 +136,9 @@ def read(folder: Path, precision: Precision) -> Refined:
     """What `write` wrote."""
     tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
     with np.load(folder / "quantization.npz", allow_pickle=False) as stored:
-        for entry, (zero, bits, axis) in json.loads(str(stored["facts"])).items():
+        for entry, (zero, bits, axis, group) in json.loads(str(stored["facts"])).items():
             kind, _, name = entry.partition("/")
-            tables[kind][name] = QParams(stored[entry], zero, bits, axis)
+            tables[kind][name] = QParams(stored[entry], zero, bits, axis, group)
     layers = tuple(LayerReport(**layer) for layer in json.loads((folder / "layers.json").read_text()))
     return Refined(
         checkpoint.load(str(folder)), Quantization(tables["weights"], tables["activations"], precision), layers

@@ -24,6 +24,7 @@ __all__ = [
     "PER_OCTAVE",
     "POOLS",
     "PRECISION_BITS",
+    "WEIGHT_ONLY",
     "Array",
     "Artifact",
     "Availability",
@@ -52,7 +53,7 @@ __all__ = [
     "latency_ms",
 ]
 
-Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6", "w4a4"]
+Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6", "w4a4", "w8a32", "w4a32"]
 Bits = tuple[int, int]  # (weight bits, activation bits)
 
 PRECISION_BITS: Mapping[Precision, Bits] = {
@@ -61,7 +62,10 @@ PRECISION_BITS: Mapping[Precision, Bits] = {
     "w4a8": (4, 8),
     "w6a6": (6, 6),
     "w4a4": (4, 4),
+    "w8a32": (8, 32),
+    "w4a32": (4, 32),
 }
+WEIGHT_ONLY: tuple[Precision, ...] = ("w8a32", "w4a32")  # activations stay float32: asked for the size of the file
 
 
 # --------------------------------------------------------------------------- statistics and quantization
@@ -143,14 +147,23 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """Affine integer grid ``x ~ scale * (q - zero_point)``; `axis` is the axis KEPT (None: one scale per tensor)."""
+    """Affine integer grid ``x ~ scale * (q - zero_point)``; `axis` is the axis KEPT (None: one scale per tensor).
 
-    scale: Array  # () or (axis length,) float32, positive
+    With `group`, a matrix (O, I) has a scale for every `group` neighbours of a row; a row's last group may be shorter.
+    """
+
+    scale: Array  # (), (axis length,), or (O, ceil(I / group)); float32, positive
     zero_point: int
     bits: int
     axis: int | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
+        if self.group is not None and not (self.group > 0 and self.axis == 0 and np.ndim(self.scale) == 2):
+            raise ConfigError(
+                f"QParams.group must be positive, with axis 0 and scales (rows, groups), got {self.group}, "
+                f"axis {self.axis} and {np.shape(self.scale)}."
+            )
         if not (np.isfinite(self.scale).all() and (np.asarray(self.scale) > 0).all()):
             raise ConfigError("QParams.scale must be positive and finite.")
 
@@ -171,7 +184,8 @@ class Quantization:
 
     Weights are named as in `VitSpec.shapes` ("patch.weight", "blocks.0.q.weight", ...), sites as the taps of `compressor.vit`
     ("patch", "blocks.0.qkv", "blocks.0.proj", ...). A linear is executed in integers when its weight and its input site are
-    both listed. Integers are ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32.
+    both listed; with its weight alone, that is stored as integers and multiplied in float. Integers are
+    ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32.
     """
 
     weights: Mapping[str, QParams]
@@ -191,7 +205,7 @@ class Capabilities:
     precisions: tuple[Precision, ...]
     narrow: tuple[
         Precision, ...
-    ] = ()  # run in int8 on a coarser grid, no faster than w8a8: only when asked for by name
+    ] = ()  # no faster than w8a8 (in int8 on a coarser grid, or small files): only when asked for by name
     qkv: Literal["packed", "split"] = "split"
     attention: Literal["matmul", "fused"] = "matmul"
     equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width

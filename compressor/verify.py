@@ -12,9 +12,10 @@ from compressor.types import Array, Parity, Precision
 
 __all__ = ["AGREEMENT_FLOOR", "TOLERANCE", "accuracy", "check_parity", "parity", "tolerance"]
 
-# Largest |difference| allowed, as a share of the largest |logit|. fp32: rounding of some thousand float32 additions in
-# another order. fp16: 11 bits of mantissa. bf16: 8. Integers: a different CPU rounds single activations to the neighbouring step,
-# and such flips accumulate over the blocks. Used for golden outputs, which must hold on another machine of the same runtime.
+# Largest |difference| allowed, as a share of the largest |logit|. fp32, also of activations alone: rounding of some thousand
+# float32 additions in another order. fp16: 11 bits of mantissa. bf16: 8. Integers: a different CPU rounds single activations to
+# the neighbouring step, and such flips accumulate over the blocks. Used for golden outputs, which must hold on another machine
+# of the same runtime.
 TOLERANCE: Mapping[Precision, float] = {
     "fp32": 1e-3,
     "fp16": 2e-2,
@@ -24,6 +25,8 @@ TOLERANCE: Mapping[Precision, float] = {
     "w4a8": 1e-1,
     "w6a6": 2e-1,
     "w4a4": 5e-1,
+    "w8a32": 1e-3,
+    "w4a32": 1e-3,
 }
 
 # A built artifact whose top-1 classes agree less often than this with the model it was built from is broken, not imprecise.
@@ -36,6 +39,8 @@ AGREEMENT_FLOOR: Mapping[Precision, float] = {
     "w4a8": 0.7,
     "w6a6": 0.5,
     "w4a4": 0.2,
+    "w8a32": 0.9,
+    "w4a32": 0.7,
 }
 
 

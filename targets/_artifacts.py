@@ -48,9 +48,11 @@ def describe(
 
 def check_precision(target: str, capabilities: Capabilities, options: BuildOptions) -> None:
     """Raises ConfigError when the target does not build `options.precision`."""
-    if options.precision not in capabilities.precisions:
-        known = ", ".join(capabilities.precisions)
-        raise ConfigError(f"Precision of target {target!r} must be one of {known}, got {options.precision!r}.")
+    known = (*capabilities.precisions, *capabilities.narrow)
+    if options.precision not in known:
+        raise ConfigError(
+            f"Precision of target {target!r} must be one of {', '.join(known)}, got {options.precision!r}."
+        )
 
 
 def check_chip(target: str, known: Iterable[str], chip: str) -> str:

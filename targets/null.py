@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
     layout="tokens",
     opset=20,
     precisions=("fp32", "w8a8"),
-    narrow=("w4a8", "w6a6", "w4a4"),
+    narrow=("w4a8", "w6a6", "w4a4", "w8a32", "w4a32"),
     patch="unshuffle",
 )
 
@@ -58,7 +58,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
         for node in graph.graph
     ]
     constants = {
-        name: value.const_value.numpy()
+        name: _storable(value.const_value.numpy())
         for name, value in graph.graph.initializers.items()
         if value.const_value is not None
     }
@@ -111,6 +111,11 @@ class NullSession:
         """Every node, in float; times are not measured."""
         del inputs  # Unused
         return tuple(OpRecord(node["name"], node["type"], "NumPy", "fp32", 0.0) for node in self._nodes)
+
+
+def _storable(array: Array) -> Array:
+    """`array`; 4-bit integers, which NumPy has not, as int8."""
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.int8)
 
 
 def _save(path: Any, arrays: Mapping[str, Array]) -> None:
@@ -171,12 +176,15 @@ def _quantize(a: Attributes, x: Array, scale: Array, zero: Array) -> Array:
     return np.asarray(np.clip(np.rint(x / scale) + zero, limits.min, limits.max), dtype=zero.dtype)
 
 
-def _dequantize(a: Attributes, q: Array, scale: Array, zero: Array) -> Array:
-    if scale.ndim:
+def _dequantize(a: Attributes, q: Array, scale: Array, zero: Array | int = 0) -> Array:
+    zero = np.asarray(zero, np.float32)
+    if "block_size" in a:
+        scale = np.repeat(scale, a["block_size"], axis=a["axis"])
+    elif scale.ndim:
         scale, zero = (
             v.reshape([-1 if axis == a["axis"] % q.ndim else 1 for axis in range(q.ndim)]) for v in (scale, zero)
         )
-    return np.asarray((q.astype(np.float32) - zero.astype(np.float32)) * scale)
+    return np.asarray((q.astype(np.float32) - zero) * scale)
 
 
 OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {

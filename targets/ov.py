@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: fp32, bf16 by hint, and int8 from our own QDQ graph or from NNCF."""
+"""OpenVINO on the CPU: fp32, bf16 by hint, and int8 from our own QDQ graph or from NNCF; weights alone in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
-from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
+from compressor.types import WEIGHT_ONLY, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
 from targets._artifacts import check_files, check_precision, describe
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ CAPABILITIES = Capabilities(
     layout="tokens",
     opset=20,
     precisions=("fp32", "bf16", "w8a8"),
-    narrow=("w4a8", "w6a6", "w4a4"),
+    narrow=("w4a8", "w6a6", "w4a4", "w8a32", "w4a32"),
     patch="unshuffle",
 )
 HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16"} | dict.fromkeys(WEIGHT_ONLY, "f32")
+ROUNDING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the inputs of packed weights, to int8 by default; 0: they stay floats
 PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ
 NO_WORK = ("Input", "Output", "Reshape")  # listed in the execution graph; nothing is computed or moved for them
 PROFILED_RUNS = 10
@@ -149,7 +150,8 @@ class OpenVinoSession:
 
 def _settings(precision: str) -> dict[str, str]:
     """Between int8 linears, bf16 where the CPU has it: a tenth faster than f32 on every DeiT measured."""
-    return {HINT: HINTS.get(precision, "bf16" if _native_bf16() else "f32")}
+    settings = {HINT: HINTS.get(precision, "bf16" if _native_bf16() else "f32")}
+    return {**settings, ROUNDING: "0"} if precision in WEIGHT_ONLY else settings
 
 
 def _native_bf16() -> bool:
@@ -173,6 +175,8 @@ def _name(model: openvino.Model, known: Set[str | None]) -> None:
 def _record(node: Any, time_ms: float) -> OpRecord:
     info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info}
     precision = info.get("runtimePrecision", "").lower()
+    if info.get("layerType") == "FullyConnected":  # named by its stored weights, also where it multiplies floats
+        precision = node.input(0).get_element_type().get_type_name()
     return OpRecord(
         _place(node), info.get("layerType", ""), "CPU", PRECISIONS.get(precision, precision), max(time_ms, 0.0)
     )

@@ -47,9 +47,9 @@ class GraphBuilder:
         tensor = ir.tensor(np.ascontiguousarray(array).reshape(np.shape(array)), name=name)
         return self._initializer(name, tensor, array.shape)
 
-    def deferred(self, name: str, shape: Sequence[int], dtype: type[np.generic], make: Callable[[], Array]) -> ir.Value:
+    def deferred(self, name: str, shape: Sequence[int], dtype: np.dtype[Any], make: Callable[[], Array]) -> ir.Value:
         """The initializer `name` whose array is made when the graph is written: the graph holds no copy of the weights."""
-        kind, size = ir.DataType.from_numpy(np.dtype(dtype)), ir.Shape(shape)
+        kind, size = ir.DataType.from_numpy(dtype), ir.Shape(shape)
         tensor = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=kind, shape=size, name=name)
         return self._initializer(name, tensor, shape)
 

@@ -5,7 +5,7 @@ Exact simplifications, each an identity of the network and none visible in the o
 1. Prefix tokens and positions are one constant table: ``Pad(patches) + [prefix; pos]``, for any batch size.
 2. The bias of k adds the same number to every logit of a softmax row: dropped (unless k is normalized first).
 3. Softmax rows sum to one, so the bias of v passes through attention: in float it moves into proj's bias.
-   (Quantized, it stays: proj's input grid was calibrated with it.)
+   (Quantized, it stays: proj's input grid was calibrated with it, and its weights are not these yet.)
 4. A head that reads tokens 0..p-1 only needs those rows of the last block's queries, projection and MLP.
 """
 
@@ -18,7 +18,7 @@ from compressor.errors import ConfigError
 from compressor.lower.activations import activation
 from compressor.lower.graph import CONTRIB, GraphBuilder
 from compressor.lower.patches import cropped, halved
-from compressor.lower.qdq import Linears
+from compressor.lower.qdq import Linears, opset
 from compressor.types import BlockSpec, Capabilities, Model, Quantization
 
 __all__ = ["lower_tokens"]
@@ -47,7 +47,8 @@ class _Tokens:
         self.spec = model.spec
         self.weights = model.weights
         self.form = capabilities
-        self.graph = GraphBuilder(capabilities.opset, "batch" if capabilities.batch == "dynamic" else 1)
+        batch: str | int = "batch" if capabilities.batch == "dynamic" else 1
+        self.graph = GraphBuilder(opset(capabilities, quantization), batch)
         self.linears = Linears(self.graph, model.weights, capabilities, quantization)
         classes = self.spec.num_classes or self.spec.pooled_dim
         self.shape = (classes, 1, 1) if capabilities.logits == "map" else (classes,)  # of the logits, behind the batch
@@ -68,7 +69,7 @@ class _Tokens:
     def _patch_conv(self, x: ir.Value) -> ir.Value:
         g, (rows, cols), c = self.graph, self.spec.grid, self.spec.embed_dim
         if self.form.patch == "halving":
-            if self.linears.quantized("patch", "patch"):
+            if self.linears.stored("patch"):
                 raise ConfigError("Capabilities.patch of a quantized graph must be conv or unshuffle, got 'halving'.")
             x = halved(g, self.spec, x, self.weights["patch.weight"], self.form.patch_stride)
         else:
@@ -95,7 +96,7 @@ class _Tokens:
         return g.op(f"{name}.mlp", "Add", x, self._mlp(name, block, y))
 
     def _attention(self, name: str, block: BlockSpec, y: ir.Value, rows: int) -> ir.Value:
-        fold = not self.linears.quantized(f"{name}.proj", f"{name}.proj")
+        fold = not self.linears.stored(f"{name}.proj")
         q, k, v = self._qkv(name, block, y, rows, fold)
         core = self._fused_attention if self.form.attention == "fused" else self._matmul_attention
         o = core(name, block, q, k, v, rows)

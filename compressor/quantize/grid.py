@@ -6,6 +6,9 @@ reciprocal, as several libraries do, moves values that lie on a rounding boundar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ __all__ = ["affine", "dequantize", "fake_quant", "fake_quant_torch", "per_channe
 SMALLEST_SCALE = 2.0**-100  # float32-normal with room for scale products; a tensor of zeros gets scale 1 instead
 
 
-def symmetric(amax: Array | float, bits: int, axis: int | None = None) -> QParams:
+def symmetric(amax: Array | float, bits: int, axis: int | None = None, group: int | None = None) -> QParams:
     """The symmetric grid whose largest integer represents `amax`; zeros get scale 1.
 
     >>> symmetric(12.7, 8).scale
@@ -28,7 +31,7 @@ def symmetric(amax: Array | float, bits: int, axis: int | None = None) -> QParam
     if not (np.isfinite(amax).all() and (amax >= 0).all()):
         raise ConfigError(f"quantize: amax must be finite and not negative, got {amax}.")
     scale = np.where(amax > 0, np.maximum(amax / (2 ** (bits - 1) - 1), SMALLEST_SCALE), 1.0)
-    return QParams(scale.astype(np.float32), 0, bits, axis)
+    return QParams(scale.astype(np.float32), 0, bits, axis, group)
 
 
 def affine(low: float, high: float, bits: int) -> QParams:
@@ -45,27 +48,31 @@ def affine(low: float, high: float, bits: int) -> QParams:
     return QParams(np.asarray(scale), zero_point, bits)
 
 
-def per_channel(q: QParams, ndim: int) -> Array:
-    """The scale, shaped to broadcast against a tensor of `ndim` axes.
+def per_channel(q: QParams, shape: Sequence[int]) -> Array:
+    """The scale, shaped to broadcast against a tensor of `shape`; groups run along its flattened last axes.
 
-    >>> per_channel(symmetric(np.ones(5), 8, axis=0), 4).shape
+    >>> per_channel(symmetric(np.ones(5), 8, axis=0), (5, 3, 2, 2)).shape
     (5, 1, 1, 1)
+    >>> per_channel(symmetric(np.array([[1.0, 2.0]]) * 127, 8, axis=0, group=2), (1, 3))
+    array([[1., 1., 2.]], dtype=float32)
     """
     if q.axis is None:
         return q.scale
-    return q.scale.reshape([-1 if i == q.axis else 1 for i in range(ndim)])
+    if q.group is not None:
+        return np.repeat(q.scale, q.group, axis=1)[:, : math.prod(shape[1:])].reshape(shape)
+    return q.scale.reshape([-1 if i == q.axis else 1 for i in range(len(shape))])
 
 
 def quantize(x: Array, q: QParams) -> Array:
     """Integers of `x` on the grid, same shape, int32."""
     x = np.asarray(x, dtype=np.float32)
-    integers = np.rint(x / per_channel(q, x.ndim)) + np.float32(q.zero_point)
+    integers = np.rint(x / per_channel(q, x.shape)) + np.float32(q.zero_point)
     return np.clip(integers, q.qmin, q.qmax).astype(np.int32)
 
 
 def dequantize(integers: Array, q: QParams) -> Array:
     """float32 values of the integers, same shape."""
-    return (integers - q.zero_point).astype(np.float32) * per_channel(q, integers.ndim)
+    return (integers - q.zero_point).astype(np.float32) * per_channel(q, integers.shape)
 
 
 def fake_quant(x: Array, q: QParams) -> Array:
@@ -75,6 +82,6 @@ def fake_quant(x: Array, q: QParams) -> Array:
 
 def fake_quant_torch(x: Tensor, q: QParams) -> Tensor:
     """The same as `fake_quant` on a float32 tensor, bit for bit."""
-    scale = torch.from_numpy(np.asarray(per_channel(q, x.ndim), dtype=np.float32)).to(x.device)
+    scale = torch.from_numpy(np.asarray(per_channel(q, x.shape), dtype=np.float32)).to(x.device)
     centred = torch.clamp(torch.round(x / scale), q.qmin - q.zero_point, q.qmax - q.zero_point)
     return centred * scale

@@ -16,6 +16,7 @@ from compressor.quantize.grid import affine, symmetric
 from compressor.quantize.search import Search, golden, histogram_error, row_error
 from compressor.types import (
     PRECISION_BITS,
+    WEIGHT_ONLY,
     Array,
     Capabilities,
     Histogram,
@@ -28,6 +29,8 @@ from compressor.types import (
 )
 
 __all__ = ["QuantizeConfig", "activation_grid", "for_target", "linears", "quantize", "weight_grid"]
+
+GROUP = 32  # inputs that share a scale at w4a32: what the runtimes' own 4-bit kernels take
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,16 @@ class QuantizeConfig:
                 f"quantize: precision must be one of {', '.join(PRECISION_BITS)}, got {self.precision!r}.",
                 hint="fp32 and bf16 are not quantized: skip this stage.",
             )
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay in float."""
+        return self.precision in WEIGHT_ONLY
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale of the weights; None: all of a row."""
+        return GROUP if self.precision == "w4a32" else None
 
     def is_asymmetric(self, site: str) -> bool:
         """Whether `site` gets a zero point where it helps."""
@@ -89,11 +102,11 @@ def linears(spec: VitSpec) -> dict[str, str]:
 
 
 def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantization:
-    """Symmetric grids for `model` from streamed statistics: per output channel for weights, per tensor else.
+    """Grids for `model` from streamed statistics: per output channel, or group of it, for weights, per tensor else.
 
     Args:
         model: the float model, pruned or not.
-        stats: of this model's calibration pass; needs a histogram for each site.
+        stats: of this model's calibration pass; needs a histogram for each site whose activations are quantized.
         config: bits, exceptions, search.
 
     Raises:
@@ -105,14 +118,15 @@ def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantiz
     for name, site in linears(model.spec).items():
         if config.is_skipped(name):
             continue
-        if site not in stats.histograms:
+        if not config.weight_only and site not in stats.histograms:
             raise DataError(f"quantize: the statistics must have a histogram of {site!r}, got none.")
-        if site not in activations:
+        if not config.weight_only and site not in activations:
             asymmetric = config.is_asymmetric(site)
             activations[site] = activation_grid(
                 stats.histograms[site], activation_bits, config.search, asymmetric=asymmetric
             )
-        weights[name] = weight_grid(model.weights[name], weight_bits, config.search, _energy(stats, site))
+        energy = _energy(stats, site)
+        weights[name] = weight_grid(model.weights[name], weight_bits, config.search, energy, config.group)
     return Quantization(weights, activations, config.precision)
 
 
@@ -133,12 +147,23 @@ def activation_grid(histogram: Histogram, bits: int, search: Search = golden, *,
     return symmetric(even.scale[0] * steps, bits)
 
 
-def weight_grid(weight: Array, bits: int, search: Search = golden, energy: Array | None = None) -> QParams:
-    """Symmetric grids, one per output channel of `weight` (O, ...), with the least error under input `energy` (I,)."""
+def weight_grid(
+    weight: Array, bits: int, search: Search = golden, energy: Array | None = None, group: int | None = None
+) -> QParams:
+    """Symmetric grids, one per output channel of `weight` (O, ...), with the least error under input `energy` (I,).
+
+    With `group`, one per output channel and `group` neighbouring inputs.
+    """
     rows, steps = weight.reshape(len(weight), -1), 2 ** (bits - 1) - 1
-    amax = np.abs(rows).max(axis=1).astype(np.float64)
-    found = search(row_error(rows, bits, energy), np.where(amax > 0, amax, 1.0) / steps)
-    return symmetric(np.where(amax > 0, found.scale * steps, 0.0), bits, axis=0)
+    width = group or rows.shape[1]
+    reach = []
+    for start in range(0, rows.shape[1], width):
+        part = slice(start, start + width)
+        amax = np.abs(rows[:, part]).max(axis=1).astype(np.float64)
+        objective = row_error(rows[:, part], bits, None if energy is None else energy[part])
+        found = search(objective, np.where(amax > 0, amax, 1.0) / steps)
+        reach.append(np.where(amax > 0, found.scale * steps, 0.0))
+    return symmetric(reach[0] if group is None else np.stack(reach, axis=1), bits, axis=0, group=group)
 
 
 def _energy(stats: Statistics, site: str) -> Array | None:

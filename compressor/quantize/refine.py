@@ -243,7 +243,7 @@ class _Walk:
         weights = {n: self._weight(n) for group in site.groups for n in group}
         integer = [n for n in weights if not self.config.grid.is_skipped(f"{n}.weight")]
         weight_bits, activation_bits = PRECISION_BITS[self.config.grid.precision]
-        if integer:
+        if integer and not self.config.grid.weight_only:
             stacked = torch.cat([weights[n] for n in integer]).numpy()
             rows = sample_rows(*self._sample(site), outputs=len(stacked))
             asymmetric = self.config.grid.is_asymmetric(site.name)
@@ -278,7 +278,8 @@ class _Walk:
         assert isinstance(linear, nn.Linear | nn.Conv2d) and linear.bias is not None
         weight = fit.weight
         if bits is not None:
-            q = weight_grid(weight.float().numpy(), bits, self.config.grid.search, fit.gram.diagonal().numpy())
+            grid, energy = self.config.grid, fit.gram.diagonal().numpy()
+            q = weight_grid(weight.float().numpy(), bits, grid.search, energy, grid.group)
             weight = self.config.rounding(weight, fit.gram, q)
             self.weights[f"{name}.weight"] = q
         bias = fit.bias(weight) + (linear.bias.double() if inner else 0)

@@ -37,7 +37,7 @@ def second_order(weight: Tensor, gram: Tensor, q: QParams) -> Tensor:
     Args:
         weight: (O, I) float64.
         gram: (I, I) float64, positive semidefinite.
-        q: grid of `weight`, one scale per row or one for all.
+        q: grid of `weight`: one scale for all, one per row, or one per group of a row's neighbours.
 
     Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), Algorithm 1, with activation ordering; ERQ (arXiv 2407.06794)
     for its use after a ridge refit. Deviation: the comparison with `nearest`, row by row.
@@ -48,22 +48,22 @@ def second_order(weight: Tensor, gram: Tensor, q: QParams) -> Tensor:
         return plain
     order = energy.argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(damped_factor(gram[order][:, order], DAMPING))
-    rounded = _feed_forward(weight[:, order], torch.linalg.cholesky(inverse, upper=True), q)
+    scale = _scale(weight, q).expand_as(weight)[:, order]  # groups follow the columns, not the order of rounding
+    rounded = _feed_forward(weight[:, order], scale, torch.linalg.cholesky(inverse, upper=True), q)
     fed = torch.empty_like(weight)
     fed[:, order] = rounded
     better = _error(weight - fed, gram) < _error(weight - plain, gram)
     return torch.where(better[:, None], fed, plain)
 
 
-def _feed_forward(weight: Tensor, factor: Tensor, q: QParams) -> Tensor:
+def _feed_forward(weight: Tensor, scale: Tensor, factor: Tensor, q: QParams) -> Tensor:
     """`weight` rounded column by column; `factor` is the upper Cholesky factor of the inverse gram."""
-    scale = _scale(weight, q)
     left, rounded = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
         errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
-            rounded[:, j] = _to_grid(left[:, j : j + 1], scale, q)[:, 0]
+            rounded[:, j] = _to_grid(left[:, j], scale[:, j], q)
             error = (left[:, j] - rounded[:, j]) / factor[j, j]
             left[:, j:stop] -= error[:, None] * factor[j, j:stop]
             errors[:, j - start] = error
@@ -72,7 +72,7 @@ def _feed_forward(weight: Tensor, factor: Tensor, q: QParams) -> Tensor:
 
 
 def _scale(weight: Tensor, q: QParams) -> Tensor:
-    return torch.as_tensor(per_channel(q, weight.ndim), dtype=torch.float64, device=weight.device)
+    return torch.as_tensor(per_channel(q, weight.shape), dtype=torch.float64, device=weight.device)
 
 
 def _to_grid(weight: Tensor, scale: Tensor, q: QParams) -> Tensor:

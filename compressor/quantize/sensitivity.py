@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.quantize.grid import fake_quant, fake_quant_torch
+from compressor.quantize.grid import fake_quant
 from compressor.quantize.plan import QuantizeConfig, linears, weight_grid
 from compressor.quantize.ranges import fit_grid
+from compressor.quantize.simulate import fake_quant_tap
 from compressor.types import PRECISION_BITS, Array, Model
 from compressor.vit import Tap, to_torch
 
@@ -76,10 +78,14 @@ class _Run:
         weight_bits, activation_bits = PRECISION_BITS[config.precision]
         exact = {n: self.model.weights[n] for n in names}
         stacked = np.concatenate([w.reshape(len(w), -1) for w in exact.values()])
-        grid = fit_grid(self.rows[site], activation_bits, stacked, config.search, asymmetric=config.is_asymmetric(site))
-        self._put({n: fake_quant(w, weight_grid(w, weight_bits, config.search)) for n, w in exact.items()})
+        grids = {}
+        if not config.weight_only:
+            asymmetric = config.is_asymmetric(site)
+            grids[site] = fit_grid(self.rows[site], activation_bits, stacked, config.search, asymmetric=asymmetric)
+        on = partial(weight_grid, bits=weight_bits, search=config.search, group=config.group)
+        self._put({n: fake_quant(w, on(w)) for n, w in exact.items()})
         with torch.inference_mode():
-            logits = self._forward(site, lambda at, x: fake_quant_torch(x, grid) if at == site else x)
+            logits = self._forward(site, fake_quant_tap(grids))
         self._put(exact)
         got = logits.double().log_softmax(1)
         return max(float((self.expected.exp() * (self.expected - got)).sum(1).mean()), 0.0)

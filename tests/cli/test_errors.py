@@ -165,7 +165,7 @@ COMPRESS = {
     "unknown target": (lambda t: ["demo", "--target", "openvin"], "openvino", 2),
     "target twice": (lambda t: ["demo", "--target", "ort", "--target", "ort"], "once", 2),
     "unknown precision": (lambda t: ["demo", "--precision", "int8"], "w8a8", 2),
-    "precision the target has not": (lambda t: ["demo", "--target", "ort", "--precision", "w6a6"], "w6a6", 2),
+    "precision the target has not": (lambda t: ["demo", "--target", "ort", "--precision", "w8a16"], "w8a16", 2),
     "unknown pruner": (lambda t: ["demo", "--pruner", "magic"], "magic", 2),
     "corp does not prune values": (lambda t: ["demo", "--pruner", "corp", "--vo-ratio", 0.5], "obs", 2),
     "no calibration images wanted": (lambda t: ["demo", "--calib-size", 0], "calib_size", 2),

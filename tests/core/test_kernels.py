@@ -52,3 +52,11 @@ def test_one_of_three_projections_in_float_counts_for_a_third():
 
 def test_without_a_table_nothing_is_claimed():
     assert int8_share([], SPEC) == {"int8_mac_share": None, "float_parts": []}
+
+
+def test_weights_alone_in_integers_are_the_plan_and_no_integer_products():
+    found = int8_share(table(tuple(LINEARS)), SPEC, kept_float=("head",), weight_only=True)
+    reasons = {p["name"]: p["reason"] for p in found["float_parts"]}
+    assert found["int8_mac_share"] == 0
+    assert reasons["blocks.0.fc1"] == reasons["patch"] == "the plan: only the weights are integers"
+    assert reasons["head"] == "the plan: too sensitive"

@@ -67,8 +67,9 @@ def test_the_most_harmful_sites_return_to_float_until_the_classes_stay(quantizer
     assert set(made.refined.quantization.weights) == set(linears(SPEC)) - floats
 
 
-def test_a_finished_refinement_is_read_back_as_it_was_made(quantizer):
-    config = QuantizeConfig("w8a8", asymmetric=("fc2",))
+@pytest.mark.parametrize("precision", ["w8a8", "w4a32"])
+def test_a_finished_refinement_is_read_back_as_it_was_made(quantizer, precision):
+    config = QuantizeConfig(precision, asymmetric=("fc2",))
     first, again = quantizer.refine(config), quantizer.refine(config)
     assert again.layers == first.layers and first.layers
     x = torch.from_numpy(quantizer.pixels)
@@ -95,6 +96,15 @@ def test_sensitivity_is_the_divergence_of_one_site_alone(quantizer, model):
         p, q = (y.double().log_softmax(1) for y in (to_torch(model)(x), logits))
         assert row.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
         assert row.divergence > 0
+
+
+def test_sensitivity_of_weights_alone_leaves_the_inputs(quantizer, model):
+    config = QuantizeConfig("w4a32")
+    x = torch.from_numpy(quantizer.pixels)
+    for row in sensitivity(model, config, quantizer.pixels)[1:3]:
+        rounded = {n: fake_quant(model.weights[n], weight_grid(model.weights[n], 4, group=32)) for n in row.weights}
+        p, q = (to_torch(m)(x).double().log_softmax(1) for m in (model, model.with_weights(SPEC, rounded)))
+        assert row.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
 
 
 def test_more_bits_are_less_sensitive_and_the_model_is_left_alone(quantizer, model):

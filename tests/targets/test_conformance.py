@@ -222,8 +222,14 @@ def test_damaged_artifacts_are_refused(target, tmp_path):
     target.open(artifact)  # control: the original opens
 
 
+def test_precisions_asked_for_by_name_are_built(target, tmp_path):
+    for precision in target.CAPABILITIES.narrow:
+        assert precision not in target.CAPABILITIES.precisions
+        assert make(target, tmp_path, precision).precision == precision
+
+
 def test_other_precisions_are_refused(target, tmp_path):
-    known = target.CAPABILITIES.precisions
+    known = (*target.CAPABILITIES.precisions, *target.CAPABILITIES.narrow)
     unknown = next(p for p in ("w6a6", "w4a8", "w8a16") if p not in known)
     with pytest.raises(ConfigError, match=f"must be one of {', '.join(known)}, got '{unknown}'"):
         target.build(lower(random_model(), target.CAPABILITIES), BuildOptions(tmp_path, unknown))
