@@ -7,12 +7,11 @@ Every contestant gets the same float network and the same calibration images. Th
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
 the ONNX graphs to one quantization step. Each row is a process of its own, so that peak memory is its own; time is that of
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
-"low-rank branch" is TAPTQ's compensation as published, in simulation only: the branch costs multiplies and no file holds it.
-With --pruned R the model is pruned first (obs, R of MLP, Q/K and V/O) and every row is held against the unpruned model;
-"together" then refits towards the unpruned model, so that quantization also undoes what pruning left, as `compress` does.
+"low-rank branch" is TAPTQ's compensation as published, in simulation only: no file holds it. With --pruned R the model is
+pruned first (obs) and rows are held against the unpruned model, towards which "together" refits, as `compress` does.
 "+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
 
-Latency is measured last, in one process, one thread, batch 1: files take turns in a new order every round; the best is shown.
+Latency is measured last: one process, one thread, batch 1, files in a new order every round; the best is shown.
 """
 
 from __future__ import annotations
@@ -98,9 +97,13 @@ class Made:
 def smaller(dense: Model, pixels: Array, ratio: float) -> Model:
     if not ratio:
         return dense
-    batches = [pixels[i : i + 50] for i in range(0, len(pixels), 50)]
-    config = ObsConfig(ratio, ratio, ratio)
-    return prune(dense, lambda: batches, config, lambda module, feed: observe(module, feed, ObservePlan())).model
+    batches = np.array_split(pixels, max(1, len(pixels) // 50))
+    return prune(
+        dense,
+        lambda: batches,
+        ObsConfig(ratio, ratio, ratio),
+        lambda module, feed: observe(module, feed, ObservePlan()),
+    ).model
 
 
 def minmax(objective: Objective, scale: Array) -> Found:
