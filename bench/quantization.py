@@ -95,15 +95,9 @@ class Made:
 
 
 def smaller(dense: Model, pixels: Array, ratio: float) -> Model:
-    if not ratio:
-        return dense
     batches = np.array_split(pixels, max(1, len(pixels) // 50))
-    return prune(
-        dense,
-        lambda: batches,
-        ObsConfig(ratio, ratio, ratio),
-        lambda module, feed: observe(module, feed, ObservePlan()),
-    ).model
+    config = ObsConfig(ratio, ratio, ratio)
+    return prune(dense, lambda: batches, config, partial(observe, plan=ObservePlan())).model if ratio else dense
 
 
 def minmax(objective: Objective, scale: Array) -> Found:
