@@ -136,7 +136,9 @@ def compress(
         float | None, typer.Option(help="Share of MACs to keep; sizes are chosen per block, which beats ratios.")
     ] = None,
     target_params: Annotated[float | None, typer.Option(help="Share of parameters to keep, likewise.")] = None,
-    damping: Annotated[float | None, typer.Option(help="Ridge of the fits; default: by held-out error.")] = None,
+    damping: Annotated[
+        str | None, typer.Option(help="Ridge of the fits, or auto (default): by held-out error.")
+    ] = None,
     pruner: Annotated[Pruner | None, typer.Option(help="obs (default) or corp, the published method.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, w8a8, ... or auto: the fastest that agrees.")
@@ -175,6 +177,7 @@ def compress(
     from compressor.compiled import fallbacks, require_compilers
     from compressor.errors import ConfigError
     from compressor.inventory import default_file, resolve
+    from compressor.options import number_or_auto
     from compressor.output import file_or_folder
     from compressor.pipeline import Tools
     from compressor.pipeline import compress as run
@@ -184,6 +187,7 @@ def compress(
 
     if out is None:
         raise ConfigError("--out must name the bundle to write.", hint="For example: --out my_bundle")
+    given["damping"] = number_or_auto(damping)
     flags = {f.name: given[f.name] for f in fields(Recipe) if f.name != "targets"}
     plan = override(from_yaml(recipe) if recipe else Recipe(), {**flags, "targets": tuple(target) if target else None})
     if not plan.model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressor.errors import ConfigError
 
-__all__ = ["milliseconds", "share", "shares"]
+__all__ = ["milliseconds", "number_or_auto", "share", "shares"]
 
 
 def share(text: str | None) -> float | None:
@@ -54,3 +54,20 @@ def milliseconds(text: str | None) -> float | None:
         return float(number) * factor
     except ValueError:
         raise ConfigError(f"A duration must be a number such as 5ms or 0.5s, got {text!r}.") from None
+
+
+def number_or_auto(text: str | None) -> float | None:
+    """A number from ``"0.1"``; None from ``"auto"``, and None stays None.
+
+    Raises:
+        ConfigError: neither.
+
+    >>> number_or_auto("0.1"), number_or_auto("auto")
+    (0.1, None)
+    """
+    if text is None or text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"A value must be a number or auto, got {text!r}.") from None

@@ -121,5 +121,7 @@ def from_yaml(path: Path) -> Recipe:
             raise unknown_name(f"{path}: recipe key", str(name), known)
     if isinstance(content.get("targets"), str):
         content["targets"] = [content["targets"]]
+    if content.get("damping") == "auto":
+        content["damping"] = None
     content["targets"] = tuple(content.get("targets", ("ort",)))
     return Recipe(**content)

@@ -10,7 +10,7 @@ def test_every_block_reports_sizes_errors_damping_and_fallbacks(tmp_path, cache)
     out = tmp_path / "b"
     done = vitrim(
         *("compress", "demo", "--mlp-ratio", 0.5, "--qk-ratio", 0.5, "--vo-ratio", 0.5, "--drop-blocks", 1),
-        *("--importance", "entropy"),
+        *("--importance", "entropy", "--damping", "auto"),
         *("--calib-size", 1, "--precision", "fp32", "--out", out, "--json"),
         env=cache,
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from compressor.errors import BudgetError, ConfigError
-from compressor.options import milliseconds, shares
+from compressor.options import milliseconds, number_or_auto, shares
 from compressor.recipe import Recipe
 from compressor.search import Budget, Point, front, pick, search
 
@@ -57,3 +57,6 @@ def test_values_as_typed():
     for bad in ("fast", "5 m"):
         with pytest.raises(ConfigError):
             milliseconds(bad)
+    assert (number_or_auto("0.3"), number_or_auto("auto")) == (0.3, None)
+    with pytest.raises(ConfigError, match="number or auto"):
+        number_or_auto("some")
