@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import signal
 import sys
 import traceback
@@ -143,6 +144,9 @@ def main(app: typer.Typer) -> int:
             raise KeyboardInterrupt
         return code
     except BaseException as error:  # noqa: BLE001 - the last line of defence: even our bug is one sentence
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: `vitrim ... | head`
+            return INTERRUPTED
         code, failure = _explain(error)
         if verbose:
             traceback.print_exc()

@@ -339,3 +339,13 @@ def test_a_read_only_place_is_one_sentence(run, tmp_path):
     (tmp_path / "ro").mkdir(mode=0o555)
     code, stdout, _ = run("compress", "demo", "--out", tmp_path / "ro" / "b", "--json")
     assert code == 2 and "ermission" in json.loads(stdout)["error"]["message"]
+
+
+def test_an_answer_that_nobody_reads_is_no_traceback():
+    """As in ``vitrim inspect demo --json | true``: the reading end is closed before the answer comes."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "compressor", "inspect", "demo", "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert done.returncode == 3 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
