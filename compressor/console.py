@@ -130,14 +130,18 @@ def _report(code: str, message: str, hint: str) -> None:
     print(f"vitrim: {message}" + (f"\n        {hint}" if hint else ""), file=sys.stderr)
 
 
-def _stop(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(app: typer.Typer) -> int:
     """Run `app` on ``sys.argv``; every failure becomes one sentence and an exit code, a traceback only with -v."""
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
-    signal.signal(signal.SIGTERM, _stop)
+    asked: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        asked.append(signum)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts its background jobs
+        signal.signal(signal.SIGINT, stop)
     try:
         code = int(app(prog_name="vitrim", standalone_mode=False) or 0)
         if code == TYPER_INTERRUPTED:
@@ -147,7 +151,8 @@ def main(app: typer.Typer) -> int:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: `vitrim ... | head`
             return INTERRUPTED
-        code, failure = _explain(error)
+        # A signal that arrives while a library is being imported comes back as that library's own ImportError.
+        code, failure = _explain(KeyboardInterrupt() if asked else error)
         if verbose:
             traceback.print_exc()
         _report(*failure)
