@@ -181,41 +181,15 @@ class _Walk:
     def attention(self, i: int) -> None:
         """Block i up to the residual addition of its attention branch."""
         name, block, reference = f"blocks.{i}", self._block(i), self._block(i, self.reference)
-        groups = ((f"{name}.q",), (f"{name}.k", f"{name}.v"))
-        self._layers(
-            _Site(
-                f"{name}.qkv",
-                groups,
-                lambda j: block.norm1(self.small[j]),
-                lambda j: block.norm1(self.dense[j]),
-                inner=True,
-            )
-        )
-        site = f"{name}.proj"
-        inputs = [_input(partial(block.attention, name=name), tokens, self._tap, site) for tokens in self.small]
-        for tokens in self.dense:
-            tokens += reference.attention(tokens)
-        self._branch(site, inputs)
+        self._normed(f"{name}.qkv", block.norm1, (f"{name}.q",), (f"{name}.k", f"{name}.v"))
+        self._branch(f"{name}.proj", partial(block.attention, name=name), reference.attention)
 
     def mlp(self, i: int) -> None:
         """Block i from there to its end."""
         name, block, reference = f"blocks.{i}", self._block(i), self._block(i, self.reference)
         leaves = ("fc1", "gate") if block.spec.mlp == "swiglu" else ("fc1",)
-        groups = (tuple(f"{name}.{leaf}" for leaf in leaves),)
-        self._layers(
-            _Site(
-                f"{name}.fc1",
-                groups,
-                lambda j: block.norm2(self.small[j]),
-                lambda j: block.norm2(self.dense[j]),
-                inner=True,
-            )
-        )
-        site = f"{name}.fc2"
-        inputs = [_input(partial(block.mlp, name=name), tokens, self._tap, site) for tokens in self.small]
-        for tokens in self.dense:
-            tokens += reference.mlp(tokens)
-        self._branch(site, inputs)
+        self._normed(f"{name}.fc1", block.norm2, tuple(f"{name}.{leaf}" for leaf in leaves))
+        self._branch(f"{name}.fc2", partial(block.mlp, name=name), reference.mlp)
 
     def classify(self) -> None:
         """The classifier, on pooled tokens; its target are the reference's logits."""
@@ -231,8 +205,15 @@ class _Walk:
 
     # ----------------------------------------------------------------- one layer
 
-    def _branch(self, name: str, inputs: list[Tensor]) -> None:
+    def _normed(self, name: str, norm: Callable[[Tensor], Tensor], *groups: tuple[str, ...]) -> None:
+        """The linears of site `name`, which read the stream through `norm`."""
+        self._layers(_Site(name, groups, lambda j: norm(self.small[j]), lambda j: norm(self.dense[j]), inner=True))
+
+    def _branch(self, name: str, small: Callable[[Tensor, Tap], Tensor], dense: Callable[[Tensor], Tensor]) -> None:
         """The last linear of a branch: its output closes the gap between the streams, and joins the quantized one."""
+        inputs = [_input(small, tokens, self._tap, name) for tokens in self.small]
+        for tokens in self.dense:
+            tokens += dense(tokens)
         self._layers(_Site(name, ((name,),), inputs.__getitem__, lambda j: self.dense[j] - self.small[j], inner=False))
         linear = self.module.get_submodule(name)
         for tokens, x in zip(self.small, inputs, strict=True):
