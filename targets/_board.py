@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compressor.errors import TargetUnavailable
-from compressor.types import Array, Artifact, Availability, OpRecord
+from compressor.types import Array, Artifact, Availability
 from targets import _estimate, _venv
 
 __all__ = ["Infer", "OnBoard", "availability", "present"]
@@ -36,7 +36,7 @@ def availability(recipe: _venv.Recipe, *modules: str) -> Availability:
 
 
 @dataclass(frozen=True)
-class OnBoard:
+class OnBoard(_estimate.Estimated):
     """A session whose inferences run on the chip; its batch is one, so images follow each other."""
 
     artifact: Artifact
@@ -69,12 +69,3 @@ class OnBoard:
     def _failure(self, what: str, got: str) -> TargetUnavailable:
         where = f"{self.package} with {self.artifact.path.name}"
         return TargetUnavailable(f"{where}: {what}, got {got}.", hint="Check that the model was built for this chip.")
-
-    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
-        """Every operation with its placement, as the compiler reported it; the board's runtime gives no times per operation."""
-        del inputs  # Unused: placement was decided when the model was built
-        return self.estimate().ops
-
-    def estimate(self) -> _estimate.Estimate:
-        """Placement and what the compiler modelled."""
-        return _estimate.read(self.artifact)

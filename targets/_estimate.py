@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BundleError
-from compressor.types import Artifact, OpRecord
+from compressor.types import Array, Artifact, OpRecord
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["Estimate", "mac_share", "macs_by_node", "read", "write"]
+__all__ = ["Estimate", "Estimated", "mac_share", "macs_by_node", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class Estimate:
         """The keys that ``vitrim profile --json`` adds for a compiled target."""
         cpu = [{"name": op.name, "type": op.type} for op in self.cpu_ops]
         return {"estimated": True, **asdict(self), "cpu_ops": cpu}
+
+
+class Estimated:
+    """What sessions of built models share: placement and a modelled latency are known without running anything."""
+
+    artifact: Artifact
+
+    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
+        """Every operation with its placement, as the compiler reported it; times are unknown."""
+        del inputs  # Unused: placement was decided when the model was built
+        return self.estimate().ops
+
+    def estimate(self) -> Estimate:
+        """What the compiler said when it built the model."""
+        return read(self.artifact)
 
 
 def write(estimate: Estimate, path: Path) -> Path:

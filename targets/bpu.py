@@ -15,18 +15,15 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
 from targets import _board, _estimate, _venv
-from targets._artifacts import check_chip, check_files, check_precision, describe, tensor_specs
+from targets._artifacts import check_chip, check_files, check_precision, tensor_specs
 from targets._bpu_constraints import TABLES
+from targets._compile import compiling, flat
 from targets._constraints import Table
 
 if TYPE_CHECKING:
@@ -78,9 +75,11 @@ KNOWN = {
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\s+\S+\s+(\S+)\s*$", re.M)
 LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
-
-
 BOARD = ("hobot_dnn", "hobot_dnn_rdkx5")  # as the board's system image has it, and as the package index
+
+
+def _worker(log: Path | None = None) -> _venv.Worker:
+    return _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN)
 
 
 def available() -> Availability:
@@ -125,27 +124,16 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
 
 def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> Artifact:
     """`build` at another effort of the compiler: O0 takes seconds, and its latency means nothing; O2 is what ships."""
-    import onnx_ir
-
     check_precision(NAME, CAPABILITIES, options)
     chip = check_chip(NAME, CHIPS, options.chip)
     if effort not in EFFORTS:
         raise ConfigError(f"The effort of target 'bpu' must be one of {', '.join(EFFORTS)}, got {effort!r}.")
-    if not options.calibration:
-        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'bpu', got none.")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    log = options.out_dir / f"{options.name}.build.log"
-    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
-        onnx = Path(folder) / "model.onnx"
-        onnx.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
-        (pixels,) = tensor_specs(graph.graph.inputs)
-        config = _config(onnx, pixels, chip, effort)
-        reply, _ = worker.call("compile", {"config": config}, {"calibration": np.concatenate(options.calibration)})
+    (pixels,) = tensor_specs(graph.graph.inputs)
+    with compiling(NAME, _worker, graph, options) as job:
+        reply = job.compile({"config": _config(job.onnx, pixels, chip, effort)})
         files = _collect(reply["files"], options)
     estimate = _parse(reply["log"], graph, chip, effort)
-    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
-    artifact = describe(NAME, graph, options, files, {"chip": chip, "effort": effort})
-    return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
+    return flat(job.artifact(files, estimate, {"chip": chip, "effort": effort}))
 
 
 def open(artifact: Artifact, threads: int = 1) -> BpuSession | _board.OnBoard:
@@ -184,27 +172,18 @@ def _hobot(artifact: Artifact, package: str) -> _board.Infer:
     return infer
 
 
-class BpuSession:
+class BpuSession(_estimate.Estimated):
     """A process that simulates one quantized model."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self.artifact = artifact
+        self._worker = _worker()
         self._worker.call("load", {"model": str(_one(artifact, ".quantized.onnx"))})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; the chip's batch is one, so images are simulated one after the other."""
         _, outputs = self._worker.call("run", {}, inputs)
-        return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:]) for spec in self._artifact.outputs}
-
-    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
-        """Every operation with its placement, as the compiler reported it; times are unknown."""
-        del inputs  # Unused: placement was decided when the model was built
-        return self.estimate().ops
-
-    def estimate(self) -> _estimate.Estimate:
-        """Placement and the compiler's modelled latency."""
-        return _estimate.read(self._artifact)
+        return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:]) for spec in self.artifact.outputs}
 
 
 def _config(onnx: Path, pixels: TensorSpec, chip: str, effort: str) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from compressor.errors import ConfigError, TargetUnavailable
+from compressor.errors import TargetUnavailable
 from compressor.types import PRECISION_BITS, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
 from targets import _board, _estimate, _qnn_worker, _venv
-from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._artifacts import check_chip, check_files, check_precision
+from targets._compile import compiling
 from targets._constraints import Table
 from targets._qnn_constraints import TABLE
 
@@ -55,9 +53,11 @@ KNOWN = {
     "GLIBC_2.3": "The wheel needs glibc 2.35 or newer: Debian 12, Ubuntu 22.04 or later.",
     "No space left": "Free some disk space.",
 }
-
-
 BOARD = "onnxruntime_qnn"
+
+
+def _worker(log: Path | None = None) -> _venv.Worker:
+    return _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN)
 
 
 def available() -> Availability:
@@ -98,29 +98,19 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
         ConfigError: the precision or chip is unknown, or there are no calibration images.
         TargetUnavailable: the compiler is not installed, failed, or took too long.
     """
-    import onnx_ir
-
     check_precision(NAME, CAPABILITIES, options)
     chip = check_chip(NAME, CHIPS, options.chip)
-    if not options.calibration:
-        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'qnn', got none.")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    log = options.out_dir / f"{options.name}.build.log"
-    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
-        source = Path(folder) / "model.onnx"
-        source.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+    with compiling(NAME, _worker, graph, options) as job:
         arguments = {
-            "onnx": str(source),
+            "onnx": str(job.onnx),
             "name": options.name,
             "input": graph.graph.inputs[0].name,
             "activation_bits": PRECISION_BITS[options.precision][1],
             "provider": dict(zip(("soc_model", "htp_arch"), CHIPS[chip], strict=True)),
         }
-        reply, _ = worker.call("compile", arguments, {"calibration": np.concatenate(options.calibration)})
+        reply = job.compile(arguments)
         files = tuple(Path(shutil.copyfile(name, options.out_dir / Path(name).name)) for name in reply["files"])
-    estimate = _placement(reply, graph, chip)
-    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
-    return describe(NAME, graph, options, files, {"chip": chip})
+    return job.artifact(files, _placement(reply, graph, chip), {"chip": chip})
 
 
 def open(artifact: Artifact, threads: int = 1) -> QnnSession | _board.OnBoard:
@@ -151,26 +141,17 @@ def _context(artifact: Artifact) -> _board.Infer:
     return infer
 
 
-class QnnSession:
+class QnnSession(_estimate.Estimated):
     """A process that emulates one context."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self.artifact = artifact
+        self._worker = _worker()
         self._worker.call("load", {"model": str(artifact.path.resolve())})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; the context's batch is one, so images are emulated one after the other."""
         return self._worker.call("run", {}, inputs)[1]
-
-    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
-        """Every operation with its placement, as the compiler decided; times are unknown."""
-        del inputs  # Unused: placement was decided when the model was built
-        return self.estimate().ops
-
-    def estimate(self) -> _estimate.Estimate:
-        """Placement; there is no latency in it."""
-        return _estimate.read(self._artifact)
 
 
 def _placement(reply: Mapping[str, Any], graph: onnx_ir.Model, chip: str) -> _estimate.Estimate:

@@ -17,18 +17,18 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.errors import ConfigError, TargetUnavailable
-from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
+from compressor.errors import TargetUnavailable
+from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
 from targets import _board, _estimate, _venv
-from targets._artifacts import check_chip, check_files, check_precision, describe
+from targets._artifacts import check_chip, check_files, check_precision
+from targets._compile import compiling, flat
 from targets._constraints import Table
 from targets._rknn_constraints import TABLES
 
@@ -82,9 +82,11 @@ KNOWN = {
 HEADER = re.compile(r"\] ID +OpType +DataType +Target .*$", re.M)
 ROW = re.compile(r"\] (\d+) +(\w+) +(\w+) +(CPU|NPU) .*? \d+/\d+/(\d+) +(?:\d+% +)?(\d+) *(\S*) *$", re.M)
 ENDS = ("InputOperator", "OutputOperator")  # conversions around the network, no operations of it
-
-
 BOARD = "rknnlite"
+
+
+def _worker(log: Path | None = None) -> _venv.Worker:
+    return _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN)
 
 
 def available() -> Availability:
@@ -124,25 +126,14 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
         ConfigError: the precision or chip is unknown, or there are no calibration images.
         TargetUnavailable: the toolkit is not installed, failed, or took too long.
     """
-    import onnx_ir
-
     check_precision(NAME, CAPABILITIES, options)
     chip = check_chip(NAME, CHIPS, options.chip)
-    if not options.calibration:
-        raise ConfigError("BuildOptions.calibration must hold at least one batch for target 'rknn', got none.")
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    log = options.out_dir / f"{options.name}.build.log"
-    with TemporaryDirectory(prefix="vitrim-") as folder, _venv.Worker(RECIPE, SCRIPT, log, LIMITS, KNOWN) as worker:
-        source = Path(folder) / "model.onnx"
-        source.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
-        arguments = {"onnx": str(source), "chip": chip}
-        reply, _ = worker.call("compile", arguments, {"calibration": np.concatenate(options.calibration)})
+    with compiling(NAME, _worker, graph, options) as job:
+        reply = job.compile({"onnx": str(job.onnx), "chip": chip})
         kept = [options.out_dir / f"{options.name}{suffix}" for suffix in SUFFIXES]
         files = tuple(Path(shutil.copyfile(*pair)) for pair in zip(reply["files"], kept, strict=True))
-    estimate = _parse(log.read_text(encoding="utf-8", errors="replace"), graph, chip)
-    files += (_estimate.write(estimate, options.out_dir / f"{options.name}.estimate.json"), log)
-    artifact = describe(NAME, graph, options, files, {"chip": chip})
-    return replace(artifact, outputs=tuple(TensorSpec(o.name, o.dtype, o.shape[:2]) for o in artifact.outputs))
+    estimate = _parse(job.log.read_text(encoding="utf-8", errors="replace"), graph, chip)
+    return flat(job.artifact(files, estimate, {"chip": chip}))
 
 
 def open(artifact: Artifact, threads: int = 1) -> RknnSession | _board.OnBoard:
@@ -182,29 +173,20 @@ def _lite(artifact: Artifact) -> _board.Infer:
     return infer
 
 
-class RknnSession:
+class RknnSession(_estimate.Estimated):
     """A process that simulates one quantized model."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+        self.artifact = artifact
         parts = [next(str(f.resolve()) for f in artifact.files if f.name.endswith(suffix)) for suffix in SUFFIXES[1:]]
-        self._worker = _venv.Worker(RECIPE, SCRIPT, None, LIMITS, KNOWN)
+        self._worker = _worker()
         self._worker.call("load", {"parts": parts})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; the model's batch is one, so images are simulated one after the other."""
-        (spec,) = self._artifact.outputs
+        (spec,) = self.artifact.outputs
         _, outputs = self._worker.call("run", {"output": spec.name}, inputs)
         return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:])}
-
-    def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
-        """Every operation with its placement, as the compiler reported it; times are unknown."""
-        del inputs  # Unused: placement was decided when the model was built
-        return self.estimate().ops
-
-    def estimate(self) -> _estimate.Estimate:
-        """Placement and the compiler's cycles per piece; there is no latency in it."""
-        return _estimate.read(self._artifact)
 
 
 @dataclass(frozen=True)
