@@ -14,28 +14,12 @@ from compressor.errors import ConfigError, UnsupportedModel
 from compressor.prune import configure, corp, prune
 from compressor.prune.corp import CorpConfig
 from compressor.prune.rank import MLP_SALIENCIES, QK_SALIENCIES, split
-from compressor.types import BlockSpec, Model, Moments, Preprocess, Statistics, VitSpec
-from compressor.vit import build, to_torch
+from compressor.types import BlockSpec, Model, Moments, Statistics
+from compressor.vit import to_torch
+from tests.core import prunable
+from tests.core.prunable import make, pixels
 
-PREPROCESS = Preprocess((16, 16))
 EVERY = ObservePlan(tokens_per_image=None, histograms=())
-
-
-def make(*blocks: BlockSpec, seed: int = 0) -> Model:
-    """A network with weights large enough that every part matters."""
-    spec = VitSpec((16, 16), (4, 4), 3, 24, blocks, num_classes=5)
-    torch.manual_seed(seed)
-    weights = {n: p.detach().numpy().copy() for n, p in build(spec).named_parameters()}
-    rng = np.random.default_rng(seed)
-    weights["pos"] = rng.standard_normal(weights["pos"].shape).astype(np.float32)
-    for name in weights:
-        if name.endswith(("q.weight", "k.weight", "fc1.weight")):
-            weights[name] *= 3
-    return Model(spec, weights, PREPROCESS)
-
-
-def pixels(count: int = 12, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, 3, 16, 16)).astype(np.float32)
 
 
 def statistics(model: Model, images: np.ndarray) -> Statistics:
@@ -128,18 +112,12 @@ def test_qk_reference_would_notice_another_choice(change: dict[str, bool]) -> No
 
 def redundant() -> Model:
     """Half of the hidden units repeat the other half, half of the q/k dimensions are linear in the other half."""
-    model = make(BlockSpec(2, 16, 12, 128), BlockSpec(2, 16, 12, 128, "swiglu"))
-    weights, rng = {n: w.copy() for n, w in model.weights.items()}, np.random.default_rng(5)
-    for i in range(2):
-        for part in ("fc1", "gate") if i else ("fc1",):
-            for kind in ("weight", "bias"):
-                weights[f"blocks.{i}.{part}.{kind}"][64:] = weights[f"blocks.{i}.{part}.{kind}"][:64]
-        weights[f"blocks.{i}.fc2.weight"][:, 64:] *= 0.3  # ranked below their originals, yet they matter
-        for part in ("q", "k"):
-            mix = rng.standard_normal((8, 8)) * 0.2
-            for kind in ("weight", "bias"):
-                w = weights[f"blocks.{i}.{part}.{kind}"].reshape(2, 16, -1)
-                w[:, 8:] = mix @ w[:, :8]
+    model = prunable.redundant(128, {"q": 16, "k": 16}, mix=0.2)
+    weights = dict(model.weights)
+    for i in range(2):  # ranked below their originals, yet they matter
+        weights[f"blocks.{i}.fc2.weight"] = weights[f"blocks.{i}.fc2.weight"] * np.repeat([1, 0.3], 64).astype(
+            np.float32
+        )
     return replace(model, weights=weights)
 
 

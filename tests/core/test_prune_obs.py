@@ -14,26 +14,9 @@ from calibration.observe import ObservePlan, observe
 from compressor.errors import ConfigError, DataError
 from compressor.prune import CorpConfig, ObsConfig, Pruned, configure, corp, obs, prune
 from compressor.prune.importance import least_important, output_error, weight_entropy
-from compressor.types import BlockSpec, Model, Pool, Preprocess, VitSpec
-from compressor.vit import build, to_torch
-
-
-def make(*blocks: BlockSpec, pool: Pool = "token", seed: int = 0) -> Model:
-    """A network with weights large enough that every part matters."""
-    spec = VitSpec((16, 16), (4, 4), 3, 24, blocks, num_classes=5, pool=pool, prefix_tokens=2)
-    torch.manual_seed(seed)
-    weights = {n: p.detach().numpy().copy() for n, p in build(spec).named_parameters()}
-    rng = np.random.default_rng(seed)
-    for name in ("pos", "prefix"):
-        weights[name] = rng.standard_normal(weights[name].shape).astype(np.float32)
-    for name in weights:
-        if name.endswith(("q.weight", "k.weight", "fc1.weight")):
-            weights[name] *= 3
-    return Model(spec, weights, Preprocess((16, 16)))
-
-
-def pixels(count: int = 12, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, 3, 16, 16)).astype(np.float32)
+from compressor.types import BlockSpec, Model, Pool, VitSpec
+from compressor.vit import to_torch
+from tests.core.prunable import make, pixels, redundant
 
 
 def run(model: Model, images: np.ndarray, config: ObsConfig) -> Pruned:
@@ -44,24 +27,8 @@ def logits(model: Model, images: np.ndarray) -> torch.Tensor:
     return to_torch(model)(torch.from_numpy(images))
 
 
-def redundant() -> Model:
-    """Hidden units in equal pairs, and q, k, v of half the rank their width allows."""
-    model = make(BlockSpec(2, 16, 12, 64), BlockSpec(2, 16, 12, 64, "swiglu"))
-    weights, rng = {n: w.copy() for n, w in model.weights.items()}, np.random.default_rng(5)
-    for i in range(2):
-        for part in ("fc1", "gate") if i else ("fc1",):
-            for kind in ("weight", "bias"):
-                weights[f"blocks.{i}.{part}.{kind}"][32:] = weights[f"blocks.{i}.{part}.{kind}"][:32]
-        for part, width in (("q", 16), ("k", 16), ("v", 12)):
-            mix = rng.standard_normal((width // 2, width // 2))
-            for kind in ("weight", "bias"):
-                w = weights[f"blocks.{i}.{part}.{kind}"].reshape(2, width, -1)
-                w[:, width // 2 :] = mix @ w[:, : width // 2]
-    return replace(model, weights=weights)
-
-
 def test_recovery_is_exact_when_half_of_everything_is_redundant() -> None:
-    model, test = redundant(), pixels(8, seed=9)
+    model, test = redundant(64, {"q": 16, "k": 16, "v": 12}, mix=1.0), pixels(8, seed=9)
     result = run(model, pixels(60), ObsConfig(0.5, 0.5, 0.5))
     assert result.model.spec.blocks[0] == BlockSpec(2, 8, 6, 32)
     # Sums pass through float32 products (1e-7 each) and eigenvalues are floored at 1e-6 of their mean.
@@ -70,7 +37,7 @@ def test_recovery_is_exact_when_half_of_everything_is_redundant() -> None:
 
 def test_recovery_is_not_exact_below_the_rank() -> None:
     """Negative control: the same network cannot lose more."""
-    model, test = redundant(), pixels(8, seed=9)
+    model, test = redundant(64, {"q": 16, "k": 16, "v": 12}, mix=1.0), pixels(8, seed=9)
     result = run(model, pixels(60), ObsConfig(0.7, 0.7, 0.7))
     assert output_error(logits(model, test), logits(result.model, test)) > 1e-3
 
