@@ -57,7 +57,7 @@ def features(module: VisionTransformer, batches: Iterable[Array]) -> Features:
 
     def tap(site: str, x: Tensor) -> Tensor:
         if site == "head":
-            embeddings.append(x.numpy())
+            embeddings.append(x.numpy().copy())  # a view would keep every token alive
         elif site.rpartition(".")[2] in LINEAR_INPUTS:
             flat = x.flatten(1)
             top = flat.abs().topk(max(1, flat.shape[1] // 100), dim=1).values

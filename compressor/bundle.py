@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -184,13 +185,15 @@ def _unzip(archive: Path, folder: Path) -> Path:
                     hint="Do not use this bundle.",
                 )
             for info in z.infolist():
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile(f"compression method {info.compress_type} of {info.filename!r}")
                 target = _inside(folder, info.filename.rstrip("/"))
                 if info.is_dir():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with z.open(info) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"{archive}: must be a readable zip file, got {error}.", hint="Copy it again.") from None
     return folder
 
@@ -247,6 +250,14 @@ class Bundle:
                 raise
         return cls(source, _checked(source, path))
 
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What a .zip was unpacked to goes; sessions that are open stay usable, new ones cannot be opened."""
+        if self._keep is not None:
+            self._keep.cleanup()
+
     @cached_property
     def preprocess(self) -> Preprocess:
         """The image contract the model was calibrated and evaluated with."""
@@ -277,7 +288,7 @@ class Bundle:
         try:
             with np.load(_inside(self.root, "golden.npz"), allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, OSError, ValueError, EOFError) as error:
             raise BundleError(
                 f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again."
             ) from None

@@ -12,13 +12,17 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Cache", "default_folder", "key"]
 
 LIMIT_BYTES = 4 << 30
+UNFINISHED = ".new-"
+ABANDONED_S = 86400.0  # an unfinished entry older than this was left by a run that was killed
 
 
 def default_folder() -> Path:
@@ -43,45 +47,44 @@ def _code_digest() -> str:
 
 
 class Cache:
-    """`folder` None means nothing is kept and everything is made again."""
+    """`folder` None means that every stage is done again, and nothing is kept longer than this object."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="vitrim-"))
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def fetch(self, name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
-        """Folder of entry `name`, made by ``make(folder)`` unless it is there already.
-
-        Returns:
-            The folder, and whether it was reused. Without a cache the folder is a temporary one that the caller may delete.
-        """
-        if self.folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="vitrim-"))
-            make(folder)
-            return folder, False
+        """Folder of entry `name`, made by ``make(folder)`` unless it is there already; and whether it was."""
         entry = self.folder / name
         if entry.is_dir():
             os.utime(entry)
             return entry, True
         self.folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
         try:
             make(work)
-            if not entry.exists():  # another run may have finished the same stage meanwhile
+            try:
                 work.rename(entry)
+            except OSError:
+                if not entry.is_dir():  # another run has not finished the same stage meanwhile
+                    raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
         self._evict(keep=entry)
         return entry, False
 
     def _evict(self, keep: Path) -> None:
-        assert self.folder is not None
-        entries = sorted(
-            (p for p in self.folder.iterdir() if p.is_dir() and p != keep), key=lambda p: p.stat().st_mtime
-        )
-        sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in entries}
-        excess = sum(sizes.values()) - LIMIT_BYTES
-        for entry in entries:
+        """Remove the oldest entries beyond the limit; other runs may be adding, and removing, at the same time."""
+        found, now = [], keep.stat().st_mtime
+        for entry in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                used = entry.stat().st_mtime
+                if entry != keep and not (entry.name.startswith(UNFINISHED) and used > now - ABANDONED_S):
+                    found.append((used, sum(f.stat().st_size for f in entry.rglob("*") if f.is_file()), entry))
+        excess = sum(size for _, size, _ in found) - LIMIT_BYTES
+        for _, size, entry in sorted(found):
             if excess <= 0:
                 break
             shutil.rmtree(entry, ignore_errors=True)
-            excess -= sizes[entry]
+            excess -= size

@@ -88,11 +88,12 @@ def inspect_model(
     """Show what a checkpoint is: family, sizes per block, parameters, MACs, preprocessing. Nothing in it is executed."""
     from compressor import checkpoint, show
     from compressor.errors import ConfigError
+    from compressor.loading import load_model
     from compressor.placement import place
 
     if chip and target is None:
         raise ConfigError("--chip must go with --target, got no target.")
-    loaded = checkpoint.load(model, arch=arch, image_size=image_size)
+    loaded = load_model(model, arch=arch, image_size=image_size)
     facts = checkpoint.describe(loaded)
     if target is None:
         return Result(facts, show.model(facts))
@@ -194,6 +195,8 @@ def compress(
         raise ConfigError(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
         )
+    if plan.data == Recipe.data and data is None and plan.model != "demo":
+        console.note("No --data: calibrated on the embedded images of clothes, which is right for no other model.")
     if require_npu:
         require_compilers(plan.targets)
     cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())
@@ -217,10 +220,10 @@ def fingerprint(
 ) -> Result:
     """Describe a device's images by a Gaussian mixture, for `compress --match`: no image leaves the device."""
     from calibration.fingerprint import write_fingerprint
-    from compressor import checkpoint
+    from compressor.loading import load_model
     from compressor.stages import fingerprint_images
 
-    found = fingerprint_images(images, checkpoint.load(model, arch=arch), components, seed, console.progress)
+    found = fingerprint_images(images, load_model(model, arch=arch), components, seed, console.progress)
     write_fingerprint(found, out)
     facts = {"fingerprint": str(out), "images": found.images, "components": components, "model": found.model}
     return Result(

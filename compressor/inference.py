@@ -73,7 +73,7 @@ class Opened:
 def open_source(source: Source, stack: ExitStack) -> Opened:
     """The bundle on its target, or the model in float on its target (default ort)."""
     if is_bundle(source.path):
-        bundle = Bundle.open(source.path)
+        bundle = stack.enter_context(Bundle.open(source.path))
         name = source.target or bundle.default_target
         artifact, manifest = bundle.artifact(name), bundle.manifest
         classes = int(manifest.spec.get("num_classes", 0))
@@ -88,10 +88,11 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
             bundle.golden["inputs"],
             bundle.spec,
         )
-    from compressor import checkpoint
     from compressor.candidates import open_model
+    from compressor.loading import load_model, require_exportable
 
-    model = checkpoint.load(source.path, arch=source.arch)
+    model = load_model(source.path, arch=source.arch)
+    require_exportable(model.spec)
     name = source.target or "ort"
     opener, artifact = open_model(model, name, source.threads, stack)
     return Opened(name, opener, artifact, model.preprocess, model.labels, model.spec.num_classes, None, model.spec)
@@ -174,10 +175,10 @@ def _reference(
     name = reference or (source.path if is_bundle(source.path) else None)
     if name is None:
         return None
-    from compressor import checkpoint
     from compressor.candidates import open_model
+    from compressor.loading import load_model
 
-    model = checkpoint.load(name)
+    model = load_model(name)
     if model.preprocess.size != opened.preprocess.size or model.spec.num_classes != opened.num_classes:
         raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source.path!r}.")
     return open_model(model, opened.target, source.threads, stack)

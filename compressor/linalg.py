@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GramSum", "damped_factor"]
+from compressor.errors import DataError
+
+__all__ = ["GramSum", "damped_factor", "require_finite"]
 
 PANEL = 512  # Rows of one panel: 3072 columns cost 0.58 of the full product.
 
@@ -16,9 +18,13 @@ def damped_factor(gram: Tensor, damping: float) -> Tensor:
     d is `damping`, ten times more as often as it takes: the rounding of sums can leave a rank-deficient gram slightly
     indefinite. `gram` must have a positive trace.
 
+    Raises:
+        DataError: `gram` is not finite.
+
     >>> damped_factor(2 * torch.eye(2, dtype=torch.float64), 1.0).diagonal().tolist()
     [2.0, 2.0]
     """
+    require_finite(gram)
     level, damped = gram.diagonal().mean(), gram.clone()
     while True:
         damped.diagonal().copy_(gram.diagonal() + damping * level)
@@ -27,6 +33,19 @@ def damped_factor(gram: Tensor, damping: float) -> Tensor:
             factor: Tensor = found.L
             return factor
         damping *= 10
+
+
+def require_finite(sums: Tensor) -> None:
+    """Refuse sums over activations that were not finite: nothing can be fitted to them.
+
+    Raises:
+        DataError: an entry of `sums` is NaN or infinite.
+    """
+    if not torch.isfinite(sums).all():
+        raise DataError(
+            "Activations must be finite, got NaN or infinity.",
+            hint="Check the images' normalisation and the checkpoint.",
+        )
 
 
 class GramSum:

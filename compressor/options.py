@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from compressor.errors import ConfigError
 
 __all__ = ["milliseconds", "number_or_auto", "share", "shares"]
@@ -56,17 +58,19 @@ def milliseconds(text: str | None) -> float | None:
         raise ConfigError(f"A duration must be a number such as 5ms or 0.5s, got {text!r}.") from None
 
 
-def number_or_auto(text: str | None) -> float | None:
-    """A number from ``"0.1"``; None from ``"auto"``, and None stays None.
+def number_or_auto(text: str | None) -> float | Literal["auto"] | None:
+    """A number from ``"0.1"``; ``"auto"`` and None stay what they are.
 
     Raises:
         ConfigError: neither.
 
     >>> number_or_auto("0.1"), number_or_auto("auto")
-    (0.1, None)
+    (0.1, 'auto')
     """
-    if text is None or text == "auto":
+    if text is None:
         return None
+    if text == "auto":
+        return "auto"
     try:
         return float(text)
     except ValueError:

@@ -22,6 +22,15 @@ def _check(out: Path, *, force: bool) -> None:
         raise ConfigError(
             f"{out}: output must not exist yet.", hint="Choose another --out, or add --force to replace it."
         )
+    if out.is_dir() and (out.is_mount() or Path.cwd().is_relative_to(out.resolve())):
+        raise ConfigError(
+            f"{out}: output must be a folder that can be replaced, got a mount point or the current folder.",
+            hint=f"Choose a new folder, for example {out / 'bundle'}.",
+        )
+    if out.is_dir() and occupied and not (out / "manifest.json").is_file():
+        raise ConfigError(
+            f"{out}: --force replaces bundles only, got a folder without manifest.json.", hint="Choose another --out."
+        )
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{out}: the folder {parent} must exist.", hint="Create it first.")
@@ -32,10 +41,11 @@ def folder_output(out: Path, *, force: bool) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends without an error, and vanishes when it does not.
 
     Raises:
-        ConfigError: `out` exists and is not empty, without `force`.
+        ConfigError: `out` exists and is not empty, without `force`; with it, it is no bundle; or it cannot be replaced.
     """
     _check(out, force=force)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    out = out.resolve()  # a link stays, and what it leads to is replaced
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield work
         work.chmod(0o755)

@@ -6,7 +6,8 @@ checkpoint -> images -> prune -> quantize -> per target (lower, build, verify, r
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -27,6 +28,7 @@ from compressor.compiled import to_json as compiled_json
 from compressor.device import peak_rss_bytes
 from compressor.errors import ConfigError
 from compressor.kernels import int8_share
+from compressor.loading import load_model, require_exportable
 from compressor.output import write_json
 from compressor.profile import Stopwatch
 from compressor.quantize.plan import for_target
@@ -34,10 +36,11 @@ from compressor.quantizing import Quantized, Quantizer
 from compressor.race import Race, race_here
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
-from compressor.stages import Images, Progress, load_images, prune_stage, torch_logits
+from compressor.stages import Images, Progress, load_images, module_logits, prune_stage, torch_logits
 from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, latency_ms
 from compressor.verdicts import pruning_speed
 from compressor.verify import accuracy
+from compressor.vit import to_torch
 
 __all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages"]
 
@@ -120,7 +123,8 @@ def compress(recipe: Recipe, folder: Path, tools: Tools, extras: Mapping[str, An
 
 def load(recipe: Recipe, tools: Tools) -> tuple[Model, Images]:
     """The model and the images that `recipe` names."""
-    reference = checkpoint.load(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
+    reference = load_model(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
+    require_exportable(reference.spec)
     return reference, load_images(recipe, reference, tools.progress)
 
 
@@ -203,20 +207,19 @@ def _quantize(recipe: Recipe, quantizer: Quantizer) -> dict[str, dict[Precision,
 
 def evaluate(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     """Accuracy of the reference and of each kept artifact; without evaluation images, agreement on calibration images."""
-    images = run.images.evaluation
-
-    def stream(who: str) -> Iterator[Array]:
-        if images is None:
-            return iter([run.pixels])
-        return data.batches(images, run.model.preprocess, 100, partial(progress, f"evaluate {who}"))
-
-    def logits_of(outcome: Outcome) -> Array:
-        artifact = outcome.kept.artifact
-        session = targets.get(outcome.target).open(artifact, threads=run.recipe.threads)
-        return np.concatenate([logits(session, artifact, pixels) for pixels in stream(outcome.target)])
-
-    reference = np.concatenate([torch_logits(run.reference, pixels) for pixels in stream("reference")])
-    found = {o.target: accuracy(logits_of(o), run.images.labels, reference) for o in run.outcomes}
+    images, answers = run.images.evaluation, defaultdict[str, list[Array]](list)
+    module, kept = to_torch(run.reference), {o.target: o.kept.artifact for o in run.outcomes}
+    sessions = {name: targets.get(name).open(a, threads=run.recipe.threads) for name, a in kept.items()}
+    stream: Iterable[Array] = [run.pixels]
+    if images is not None:
+        stream = data.batches(images, run.model.preprocess, 100, partial(progress, "evaluate"))
+    for pixels in stream:
+        answers["reference"].append(module_logits(module, pixels))
+        for name, session in sessions.items():
+            answers[name].append(logits(session, kept[name], pixels))
+    whole = {name: np.concatenate(parts) for name, parts in answers.items()}
+    reference = whole.pop("reference")
+    found = {name: accuracy(got, run.images.labels, reference) for name, got in whole.items()}
     return {"reference": accuracy(reference, run.images.labels), **found}
 
 

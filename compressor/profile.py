@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -161,8 +162,8 @@ def interleave(sessions: Mapping[str, Session], inputs: Inputs, config: ProfileC
     """Undisturbed nanoseconds per inference (see `sample_undisturbed`) of each session, taken in turns: sample r of
     every session is from the same round.
 
-    Each is warmed up first. The order rotates by one each round and its direction flips after each full rotation, so
-    that every session equally often follows every other one. All get the same number of samples: `config.runs`, or what
+    Each is warmed up first. The rounds' orders are a Williams design: within a round, every session equally often follows
+    every other one, whose traces in the caches it pays for. All get the same number of samples: `config.runs`, or what
     the budget (of all sessions together) allows, at least `config.min_runs`.
 
     Args:
@@ -239,32 +240,30 @@ def throughput(opener: Callable[[], Session], inputs: Inputs, *, streams: int, s
     """Images per second of `streams` sessions that run at the same time, each in a thread of its own.
 
     Each stream runs until the time is up and finishes the inference it is in; the rate is all images over the time
-    until the last stream ended, so a straggler is not hidden.
+    until the last stream ended, so a straggler is not hidden. Whatever a stream raises is raised here.
     """
     if streams < 1 or not seconds > 0:
         raise ConfigError(f"throughput: streams must be at least 1 and seconds positive, got {streams}, {seconds}.")
     sessions = [opener() for _ in range(streams)]
     for session in sessions:
         session.run(inputs)
-    counts, ends = [0] * streams, [0.0] * streams
     gate = threading.Barrier(streams + 1)
 
-    def stream(i: int) -> None:
+    def stream(session: Session) -> tuple[int, float]:
         gate.wait()
-        deadline = time.perf_counter() + seconds
+        deadline, count = time.perf_counter() + seconds, 0
         while time.perf_counter() < deadline:
-            sessions[i].run(inputs)
-            counts[i] += 1
-        ends[i] = time.perf_counter()
+            session.run(inputs)
+            count += 1
+        return count, time.perf_counter()
 
-    threads = [threading.Thread(target=stream, args=(i,)) for i in range(streams)]
-    for thread in threads:
-        thread.start()
-    gate.wait()
-    start = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    return sum(counts) * _batch(inputs) / (max(ends) - start)
+    with ThreadPoolExecutor(streams) as pool:
+        running = [pool.submit(stream, session) for session in sessions]
+        gate.wait()
+        start = time.perf_counter()
+        counts, ends = zip(*(future.result() for future in running), strict=True)
+    rate: float = sum(counts) * _batch(inputs) / (max(ends) - start)
+    return rate
 
 
 # --------------------------------------------------------------------------- the clock
@@ -290,14 +289,17 @@ def _warm_up(session: Session, inputs: Inputs, config: ProfileConfig) -> int:
 
 
 def _order(names: tuple[str, ...], r: int) -> tuple[str, ...]:
-    """Names of round r: rotated by one each round, direction flipped after each full rotation.
+    """Names of round r: over n rounds every name has every place; over n (n even) or 2n, every one before it.
 
-    >>> [_order(("a", "b"), r) for r in range(4)]
-    [('a', 'b'), ('b', 'a'), ('b', 'a'), ('a', 'b')]
+    Source: E. J. Williams 1949, Australian Journal of Scientific Research A 2, 149-168.
+
+    >>> ["".join(_order(("a", "b", "c", "d"), r)) for r in range(4)]
+    ['abdc', 'bcad', 'cdba', 'dacb']
     """
     turn, shift = divmod(r, len(names))
-    rotated = names[shift:] + names[:shift]
-    return rotated[::-1] if turn % 2 else rotated
+    zigzag = (-(i // 2) if i % 2 == 0 else i // 2 + 1 for i in range(len(names)))  # 0, 1, -1, 2, -2 ...
+    row = tuple(names[(shift + step) % len(names)] for step in zigzag)
+    return row[::-1] if turn % 2 else row
 
 
 def _yardstick() -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from compressor.errors import ConfigError, unknown_name
 from compressor.types import Precision
@@ -45,7 +45,7 @@ class Recipe:
     importance: Literal["output", "entropy"] = "output"
     target_macs: float | None = None
     target_params: float | None = None
-    damping: float | None = None
+    damping: float | Literal["auto"] = "auto"
     precision: str = "auto"
     quantizer: Literal["vitrim", "nncf"] = "vitrim"
     min_agreement: float = 98.0
@@ -66,7 +66,9 @@ class Recipe:
             raise ConfigError(f"min_agreement must be a percentage in [0, 100], got {self.min_agreement!r}.")
         for name, low in INTEGERS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            if value is None and name == "image_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -103,6 +105,7 @@ def from_yaml(path: Path) -> Recipe:
         ConfigError: unreadable, not a mapping, an unknown key (the nearest known one is named), or a value out of range.
     """
     import yaml
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -119,9 +122,15 @@ def from_yaml(path: Path) -> Recipe:
     for name in content:
         if name not in known:
             raise unknown_name(f"{path}: recipe key", str(name), known)
-    if isinstance(content.get("targets"), str):
-        content["targets"] = [content["targets"]]
-    if content.get("damping") == "auto":
-        content["damping"] = None
-    content["targets"] = tuple(content.get("targets", ("ort",)))
+    named = content.get("targets", ["ort"])
+    targets = [named] if isinstance(named, str) else named
+    if not isinstance(targets, list):
+        raise ConfigError(f"{path}: targets must be a name or a list of names, got {named!r}.")
+    content["targets"] = tuple(targets)
+    for name, kind in get_type_hints(Recipe).items():
+        try:
+            TypeAdapter(kind).validate_python(content.get(name, getattr(Recipe, name)), strict=True)
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise ConfigError(f"{path}: {name} {rule}, got {content[name]!r}.") from None
     return Recipe(**content)

@@ -32,12 +32,14 @@ __all__ = [
     "fingerprint_images",
     "load_images",
     "model_digest",
+    "module_logits",
     "prune_stage",
     "torch_logits",
 ]
 
 Progress = Callable[[str, int, int], None]
 BATCH = 16
+DEMO_CLASSES = 10  # of the embedded images
 POOL = 8  # images a selector sees for each one it picks
 SELECTORS: dict[str, Selector] = {"random": random, "k_centre": k_centre, "coarse_to_fine": coarse_to_fine}
 
@@ -52,14 +54,15 @@ class Images:
 
 
 def load_images(recipe: Recipe, model: Model, progress: Progress) -> Images:
-    """The image sets a recipe names; ``demo`` data brings its own evaluation set.
+    """The image sets a recipe names; ``demo`` data brings its own evaluation set for a model of as many classes.
 
     Raises:
         DataError: no images, labels that do not fit the model, images used for both calibration and evaluation, or a
             fingerprint of another model.
     """
     calibration = select_images(recipe, model, progress)
-    source = recipe.eval or ("demo:eval" if recipe.data == "demo" else None)
+    fits = model.spec.num_classes == DEMO_CLASSES
+    source = recipe.eval or ("demo:eval" if recipe.data == "demo" and fits else None)
     if source is None:
         return Images(calibration, None, None)
     evaluation = data.open_images(source)
@@ -160,17 +163,22 @@ def prune_options(recipe: Recipe) -> dict[str, Any]:
         "damping",
     )
     options = {n: getattr(recipe, n) for n in names}
+    options["damping"] = None if recipe.damping == "auto" else recipe.damping  # each pruner knows its own default
     if recipe.pruner == "obs":
         options["importance"] = recipe.importance
         options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
     return options
 
 
-def torch_logits(model: Model, pixels: Array, batch: int = 50) -> Array:
+def torch_logits(model: Model, pixels: Array) -> Array:
     """(n, C, h, w) -> (n, classes) by the torch module: the reference every artifact is held against."""
+    return module_logits(to_torch(model), pixels)
+
+
+def module_logits(module: VisionTransformer, pixels: Array, batch: int = 50) -> Array:
+    """`torch_logits` of a module that was made before, for callers with many batches."""
     import torch
 
-    module = to_torch(model)
     with torch.inference_mode():
         return np.concatenate(
             [module(torch.from_numpy(pixels[i : i + batch])).numpy() for i in range(0, len(pixels), batch)]

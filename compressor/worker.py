@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
+import targets
 from compressor.device import pinned
 from compressor.errors import VitrimError
 from compressor.profile import Prepared, ProfileConfig, measure, prepare, sample_undisturbed
@@ -43,8 +44,13 @@ def open_bundle(path: str, target: str | None = None, threads: int = 1, batch: i
     bundle = Bundle.open(path)
     name = target or bundle.default_target
     pixels = bundle.golden["inputs"]
+    runtime = targets.get(name)  # found here, so that a load time is the session's alone
     inputs = {bundle.artifact(name).inputs[0].name: np.resize(pixels, (batch, *pixels.shape[1:]))}
-    return (lambda: bundle.session(name, threads)), inputs
+
+    def opener() -> Session:
+        return runtime.open(bundle.artifact(name), threads=threads)  # keeps `bundle`, and what a .zip was unpacked to
+
+    return opener, inputs
 
 
 def main() -> int:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.linalg import require_finite
+
 __all__ = ["LogitMoments", "LogitReduction", "reduce_logits", "tail_errors"]
 
 FLOOR = 1e-6  # least eigenvalue, as a share of the mean: directions that calibration never saw stay finite
@@ -47,7 +49,13 @@ class LogitReduction:
 
 
 def reduce_logits(moments: LogitMoments, rank: int) -> LogitReduction:
-    """The rank-`rank` queries and keys of every head."""
+    """The rank-`rank` queries and keys of every head.
+
+    Raises:
+        DataError: a query or a key was not finite.
+    """
+    require_finite(moments.queries)
+    require_finite(moments.keys)
     (a, a_inverse), (k, k_inverse) = _roots(moments.queries), _roots(moments.keys)
     left, s, right = torch.linalg.svd(a @ k)
     root = s[:, None, :rank].sqrt()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.linalg import GramSum
+from compressor.linalg import GramSum, require_finite
 
 __all__ = ["DAMPINGS", "CrossSum", "Fold", "Objective", "Quadratic", "fold", "read"]
 
@@ -115,12 +115,18 @@ class CrossSum:
         self._gram.add(x)
 
     def objective(self, other: CrossSum | None = None) -> Objective:
-        """The objective over everything added here, and to `other` of the same shift."""
+        """The objective over everything added here, and to `other` of the same shift.
+
+        Raises:
+            DataError: an input or a target was not finite.
+        """
         weight, x, t = self._weight, self._x, self._t
         gram, cross, energy = self._gram.matrix(), self._cross, self._energy
         if other is not None:
             weight, x, t = weight + other._weight, x + other._x, t + other._t
             gram, cross, energy = gram + other._gram.matrix(), cross + other._cross, energy + other._energy
+        require_finite(gram)
+        require_finite(cross)
         mean_x, mean_t = x / weight, t / weight
         sigma, cross = gram / weight - torch.outer(mean_x, mean_x), cross / weight - torch.outer(mean_t, mean_x)
         energy = energy / weight - mean_t.square().sum().item()

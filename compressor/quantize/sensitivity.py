@@ -109,5 +109,5 @@ class _Run:
             size = self.model.spec.patch_size
             rows = torch.nn.functional.unfold(x, size, stride=size).transpose(1, 2)
         rows = rows.flatten(0, -2)
-        self.rows[site] = rows[:: max(1, len(rows) // ROWS)].numpy()
+        self.rows[site] = rows[:: max(1, len(rows) // ROWS)].numpy().copy()  # a view would keep every row alive
         return x

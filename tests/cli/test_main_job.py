@@ -193,6 +193,12 @@ def test_a_bundle_is_the_input_of_another_compress(bundle, tmp_path, cache):
     assert done.code == 0, done.err
     assert done.json["compressed"]["precision"] == "fp32" and out.is_file()
     assert vitrim("verify", out).code == 0
+    # All that a folder can do, a .zip can: what it was unpacked to lives as long as it is needed
+    assert vitrim("inspect", out, "--json").json["params"] == done.json["compressed"]["params"]
+    profile = vitrim("profile", out, "--per-op", "--streams", 2, "--json")
+    assert profile.code == 0 and profile.json["ops"] and profile.json["throughput"]["images_per_s"] > 0, profile.err
+    measured = vitrim("eval", out, "--data", "demo", "--json")
+    assert measured.code == 0 and measured.json["agreement"] == 100.0, measured.err
 
 
 def test_a_second_run_reuses_finished_stages(made, tmp_path, cache):

@@ -39,6 +39,7 @@ ORCHESTRATION = {
         "peaks",
         "inference",
         "inventory",
+        "loading",
         "output",
         "pipeline",
         "placement",

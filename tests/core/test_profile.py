@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_interleave_gives_every_session_the_same_number_and_every_place(names: t
         assert {seen.count(name) for name in names} == {4}  # and every session is equally often in every place
 
 
+@pytest.mark.parametrize("count", range(2, 8))
+def test_every_session_equally_often_follows_every_other_one(count: int) -> None:
+    log: list[str] = []
+    names = "abcdefg"[:count]
+    interleave({n: Spin(n, log) for n in names}, INPUTS, ProfileConfig(runs=2 * count, min_runs=1, warmup=0))
+    rounds = ["".join(log[i : i + count]) for i in range(0, len(log), count)]
+    followed = Counter(pair for turn in rounds for pair in itertools.pairwise(turn))
+    assert set(followed.values()) == {2} and len(followed) == count * (count - 1)
+
+
 def test_interleave_alternates_and_not_one_after_the_other() -> None:
     log: list[str] = []
     interleave({n: Spin(n, log) for n in ("a", "b")}, INPUTS, ProfileConfig(runs=20, min_runs=1, warmup=0))
@@ -144,6 +155,18 @@ def test_throughput_counts_images_of_all_streams() -> None:
     assert len(sessions) == 3
     assert rate > 0
     assert all(len(session.log) > 1 for session in sessions)
+
+
+def test_throughput_is_no_number_when_a_stream_fails() -> None:
+    class Broken(Spin):
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            if len(self.log) > 1:
+                raise RuntimeError("the device is gone")
+            return super().run(inputs)
+
+    opened = iter([Spin(), Broken()])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        throughput(lambda: next(opened), INPUTS, streams=2, seconds=0.05)
 
 
 def test_stopwatch_adds_up_by_name_even_when_the_work_fails() -> None:

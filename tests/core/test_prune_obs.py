@@ -262,6 +262,15 @@ def test_no_images_and_too_many_dropped_blocks_are_refused() -> None:
         run(model, pixels(2), ObsConfig(drop_blocks=1))
 
 
+@pytest.mark.parametrize("part", ["q", "v", "fc1"])
+def test_activations_that_overflow_are_refused(part: str) -> None:
+    model = make(BlockSpec(2, 8, 8, 20))
+    run(model, pixels(6), ObsConfig(0.5, 0.5, 0.5))  # the control: without the large weights it works
+    huge = {**model.weights, f"blocks.0.{part}.weight": model.weights[f"blocks.0.{part}.weight"] * np.float32(1e38)}
+    with pytest.raises(DataError, match="must be finite"):
+        run(replace(model, weights=huge), pixels(6), ObsConfig(0.5, 0.5, 0.5))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
