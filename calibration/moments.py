@@ -6,8 +6,6 @@ is left behind depends on the set of vectors only, so two passes merge into the 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,17 +14,9 @@ from compressor.errors import DataError
 from compressor.linalg import GramSum
 from compressor.types import BINS, LOW, PER_OCTAVE, Histogram, Moments
 
-__all__ = ["Accumulator", "HistogramSum", "MomentSum", "PairEnergySum"]
+__all__ = ["HistogramSum", "MomentSum", "PairEnergySum"]
 
 CODES = 1 << 15  # Sign-free upper halves of float32: 8 exponent and 7 mantissa bits.
-
-
-class Accumulator(Protocol):
-    """What the streamed pass feeds: batches of rows of one site."""
-
-    def add(self, rows: Tensor) -> None:
-        """Take one batch of rows (..., n, D)."""
-        ...
 
 
 class MomentSum:

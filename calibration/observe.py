@@ -6,7 +6,7 @@ where the module's weights live.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,19 +101,13 @@ class _Observer:
             self._query = None
 
 
-def observe(
-    module: VisionTransformer,
-    batches: Iterable[Array],
-    plan: ObservePlan,
-    on_progress: Callable[[int], None] | None = None,
-) -> Statistics:
+def observe(module: VisionTransformer, batches: Iterable[Array], plan: ObservePlan) -> Statistics:
     """Statistics of `module` over preprocessed images, in one pass that holds one batch at a time.
 
     Args:
         module: the network; sums are kept on its device.
         batches: float32 arrays (B, C, h, w).
         plan: which sites and how many tokens.
-        on_progress: called with the number of images seen after each batch.
 
     Raises:
         DataError: no image, or an activation that is not finite.
@@ -126,8 +120,6 @@ def observe(
         for batch in batches:
             module(torch.from_numpy(batch).to(module.pos.device), observer)
             images += len(batch)
-            if on_progress is not None:
-                on_progress(images)
     if images == 0:
         raise DataError(
             "Calibration data must hold at least one image, got none.", hint="Point --data at a folder with images."
