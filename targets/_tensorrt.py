@@ -1,8 +1,8 @@
 """What both TensorRT targets share: the strongly typed graph, and what became of it in the engine, layer by layer.
 
 TensorRT 11 accepts only strongly typed networks, and 10 and RTX accept them too, so there is one graph for all: the graph
-says every precision, the builder chooses nothing. fp16 and bf16 convert every weight and activation, w8a8 is symmetric
-int8 around the linear layers with fp16 everywhere else. Inputs and outputs stay float32.
+says every precision, the builder chooses nothing. fp16 and bf16 convert every weight and activation; w8a8 is symmetric
+int8, fp8 the 8-bit float e4m3, around the linear layers with fp16 everywhere else. Inputs and outputs stay float32.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ __all__ = [
 Call = Callable[[str, Mapping[str, Any], Mapping[str, Array]], tuple[dict[str, Any], dict[str, Array]]]
 
 CAPABILITIES = Capabilities(
-    layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8"), equal_heads=True, zero_points=False
+    layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8", "fp8"), equal_heads=True, zero_points=False
 )
 BATCHES = (1, 1, 64)  # least, tuned for, largest
-FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16"}  # of everything that is not an integer
-NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}  # engine's type -> ours
-EXPECTED = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "w8a8": "HALF"}  # parsed network's type of float layers
+FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16", "fp8": "FLOAT16"}  # outside the quantized products
+NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}  # engine's type -> ours
+EXPECTED = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "w8a8": "HALF", "fp8": "HALF"}  # network's float layers
 FLOAT_TYPES = ("FLOAT", "HALF", "BF16")
 TYPED_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX", "ACTIVATION", "ELEMENTWISE", "SHUFFLE")
+FIRST_FP8 = 89  # compute capability 8.9, Ada; Ampere has no 8-bit floats
 PRODUCTS = ("gemm", "correlation", "runtime_fusion")
 
 
@@ -116,11 +117,13 @@ def plan(target: str, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """A build plan: the strongly typed graph, and what to make of it. Needs no GPU and no vendor library.
 
     Raises:
-        ConfigError: the target does not build ``options.precision``, a grid is asymmetric, or a weight is beyond fp16's range.
+        ConfigError: the target does not build ``options.precision``, or the chip not fp8; a grid is asymmetric, or a weight is
+            beyond fp16's range.
     """
     import onnx_ir
 
     check_precision(target, CAPABILITIES, options)
+    check_fp8(target, options)
     for node in graph.graph:
         zero = node.inputs[2] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
         if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
@@ -168,6 +171,17 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
         settings=told | findings(built, artifact.precision),
         files=files,
     )
+
+
+def check_fp8(target: str, options: BuildOptions) -> None:
+    """Raises ConfigError when fp8 is asked for on a chip that has none: below SM89, or "ampere+"."""
+    number = options.chip.removeprefix("SM")
+    below = options.chip == "ampere+" or (number.isdigit() and int(number) < FIRST_FP8)
+    if options.precision == "fp8" and below:
+        raise ConfigError(
+            f"The chip of target {target!r} must be SM{FIRST_FP8} or later for fp8, got {options.chip!r}.",
+            hint="Ada, Hopper, Blackwell and Thor have 8-bit floats; on other chips take w8a8 or fp16.",
+        )
 
 
 class EngineSession:

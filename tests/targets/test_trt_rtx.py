@@ -12,14 +12,15 @@ import pytest
 
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
-from compressor.types import Artifact, BuildOptions
+from compressor.types import Artifact, BuildOptions, Width
 from targets import _tensorrt, _venv, trt_rtx
 from tests.targets.networks import FAMILIES, PLAIN, grids, model, of, pruned
 
 STATE = trt_rtx.available()
 pytestmark = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
 SETTINGS = {"package": trt_rtx.PACKAGE, "timing_cache": "", "portable": ""}
-FLOATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "w8a8": "fp16"}
+FLOATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "w8a8": "fp16", "fp8": "fp16"}
+WIDTHS: dict[str, Width] = {"w8a8": 8, "fp8": "e4m3"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_tensorrt.Call]:
 
 def built(spec, precision: str, folder: Path, call: _tensorrt.Call, chip: str = "") -> Artifact:
     network = model(spec)
-    graph = lower(network, trt_rtx.CAPABILITIES, grids(network) if precision == "w8a8" else None)
+    graph = lower(network, trt_rtx.CAPABILITIES, grids(network, WIDTHS[precision]) if precision in WIDTHS else None)
     planned = trt_rtx.plan(graph, BuildOptions(folder, precision, chip=chip))
     return _tensorrt.build_engine(planned, folder, SETTINGS, call)
 
@@ -47,9 +48,10 @@ def test_engine_does_what_the_graph_says(family, precision, level, tmp_path, cal
     found = built(spec, precision, tmp_path, call).settings
     assert (found["foreign_types"], found["added_casts"]) == ("0", "0")
     products = dict(reversed(part.split()) for part in found["products"].split(", "))
-    assert products.keys() == ({"fp16", "int8"} if precision == "w8a8" else {FLOATS[precision]})
-    if precision == "w8a8":  # of each block q/k/v merged or not, proj, fc1, fc2; the patch embedding
-        assert int(products["int8"]) >= 4 * len(spec.blocks) + 1
+    narrow = {"w8a8": "int8", "fp8": "fp8"}.get(precision)
+    assert products.keys() == {FLOATS[precision]} | ({narrow} if narrow else set())
+    if narrow:  # of each block q/k/v merged or not, proj, fc1, fc2; of int8 the patch embedding too
+        assert int(products[narrow]) >= 4 * len(spec.blocks) + (narrow == "int8")
     # TensorRT-RTX has no fused kernel for float32 attention. The other precisions have one for every block.
     assert found["fused_attention"] == ("0" if precision == "fp32" else str(len(spec.blocks)))
 
