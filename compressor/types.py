@@ -229,7 +229,7 @@ class Capabilities:
     ] = ()  # no faster than w8a8 (in int8 on a coarser grid, or small files): only when asked for by name
     qkv: Literal["packed", "split"] = "split"
     attention: Literal["matmul", "fused"] = "matmul"
-    equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width
+    equal_heads: bool = False  # pad q, k and v with zeros to one head width that fused attention kernels take
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle", "halving"] = "conv"

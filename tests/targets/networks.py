@@ -32,6 +32,16 @@ def pruned(spec: VitSpec) -> VitSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
+def uneven(spec: VitSpec) -> VitSpec:
+    """Widths as an unrounded pruner leaves them: another in every block, of no multiple, q and k narrower or wider than v."""
+    sizes = ((12, 16, 50), (7, 5, 33))
+    blocks = (replace(b, qk_dim=q, v_dim=v, mlp_dim=m) for b, (q, v, m) in zip(spec.blocks, sizes, strict=True))
+    return replace(spec, blocks=tuple(blocks))
+
+
+LEVELS = {"dense": lambda spec: spec, "pruned": pruned, "uneven": uneven}
+
+
 def model(spec: VitSpec, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
     weights = {n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in spec.shapes().items()}

@@ -82,7 +82,7 @@ def test_weight_beyond_fp16_is_refused_and_bf16_is_proposed():
     _tensorrt.typed(graph, "bf16")
 
 
-@pytest.mark.parametrize("widths", [(8, 16), (16, 8)], ids=["narrow_qk", "narrow_v"])
+@pytest.mark.parametrize("widths", [(8, 16), (16, 8), (7, 5)], ids=["narrow_qk", "narrow_v", "odd"])
 def test_padded_heads_compute_the_same(widths):
     spec = of(qk_dim=widths[0], v_dim=widths[1])
     plain = replace(trt.CAPABILITIES, equal_heads=False)

@@ -14,7 +14,7 @@ from compressor.errors import TargetUnavailable
 from compressor.lower import lower
 from compressor.types import Artifact, BuildOptions, Width
 from targets import _tensorrt, _venv, trt_rtx
-from tests.targets.networks import FAMILIES, PLAIN, grids, model, of, pruned
+from tests.targets.networks import FAMILIES, LEVELS, PLAIN, grids, model, of, pruned
 
 STATE = trt_rtx.available()
 pytestmark = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
@@ -40,11 +40,11 @@ def built(spec, precision: str, folder: Path, call: _tensorrt.Call, chip: str = 
     return _tensorrt.build_engine(planned, folder, SETTINGS, call)
 
 
-@pytest.mark.parametrize("level", ["dense", "pruned"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("precision", trt_rtx.CAPABILITIES.precisions)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_does_what_the_graph_says(family, precision, level, tmp_path, call):
-    spec = FAMILIES[family] if level == "dense" else pruned(FAMILIES[family])
+    spec = LEVELS[level](FAMILIES[family])
     found = built(spec, precision, tmp_path, call).settings
     assert (found["foreign_types"], found["added_casts"]) == ("0", "0")
     products = dict(reversed(part.split()) for part in found["products"].split(", "))
