@@ -282,18 +282,19 @@ def findings(built: Mapping[str, Any], precision: Precision) -> dict[str, str]:
 
     Returns:
         ``products`` matrix products by the type they read; ``fused_attention`` blocks whose attention is one kernel;
-        ``foreign_types`` layers of the parsed network in another float type than asked for; ``added_casts`` float casts
-        that are not ours; ``conversions`` kernels that only convert; ``kernels`` in all.
+        ``typed_layers`` of the parsed network that compute in floats, ``foreign_types`` those in another than asked for;
+        ``added_casts`` float casts that are not ours; ``conversions`` kernels that only convert; ``kernels`` in all.
     """
     layers, network = engine_layers(built["layers"]), built["network"]
     wanted = EXPECTED[precision]
-    foreign = [n for n, kind, out in network if kind in TYPED_LAYERS and out in FLOAT_TYPES and out != wanted]
+    types = [out for _, kind, out in network if kind in TYPED_LAYERS and out in FLOAT_TYPES]
     casts = [n for n, kind, out in network if kind == "CAST" and out in FLOAT_TYPES and not n.endswith(".cast")]
     products = Counter(layer.precision for layer in layers if layer.multiplies)
     return {
         "products": ", ".join(f"{count} {name}" for name, count in sorted(products.items())),
         "fused_attention": str(sum(layer.fused_attention for layer in layers)),
-        "foreign_types": str(len(foreign)),
+        "typed_layers": str(len(types)),
+        "foreign_types": str(sum(out != wanted for out in types)),
         "added_casts": str(len(casts)),
         "conversions": str(sum(layer.only_converts for layer in layers)),
         "kernels": str(len(layers)),

@@ -188,6 +188,7 @@ def test_findings_count_what_was_not_asked_for():
     assert found == {
         "products": "1 fp16, 1 int8",
         "fused_attention": "1",
+        "typed_layers": "2",
         "foreign_types": "1",
         "added_casts": "1",
         "conversions": "1",
