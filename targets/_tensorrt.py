@@ -7,6 +7,7 @@ int8, fp8 the 8-bit float e4m3, around the linear layers with fp16 everywhere el
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections import Counter
@@ -34,6 +35,7 @@ __all__ = [
     "build_engine",
     "engine_layers",
     "findings",
+    "gpus",
     "here",
     "plan",
     "records",
@@ -205,6 +207,17 @@ class EngineSession:
     def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
         """Kernels under the names of the graph's nodes, median time of a few profiled runs."""
         return records(self._artifact, self._call("profile", self._arguments, inputs)[0]["times"])
+
+
+def gpus() -> int:
+    """How many GPUs the CUDA driver finds on this machine; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    done = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if done else 0
 
 
 def here(target: str, fix: str) -> Call:

@@ -26,12 +26,12 @@ FIX = "On the machine with the GPU: pip install 'vitrim[tensorrt]' (Jetson: Tens
 
 
 def available() -> Availability:
-    """Whether TensorRT can be imported; without it there are still build plans."""
+    """Whether TensorRT can be imported, and runs: has a GPU here. Without it there are still build plans."""
     if find_spec(PACKAGE) is None:
         return Availability(available=False, reason="tensorrt is not installed", fix=FIX)
     import tensorrt
 
-    return Availability(available=True, version=tensorrt.__version__)
+    return Availability(available=True, version=tensorrt.__version__, runs=_tensorrt.gpus() > 0)
 
 
 def plan(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:

@@ -43,7 +43,7 @@ WORKER = Path(__file__).with_name("_tensorrt_worker.py")
 def available() -> Availability:
     """Whether engines can be built here: the package is installed, or its environment is, which runs nothing."""
     if find_spec(PACKAGE) is not None:
-        return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"))
+        return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"), runs=_tensorrt.gpus() > 0)
     return replace(_venv.availability(RECIPE), runs=False)
 
 
