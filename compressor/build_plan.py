@@ -3,6 +3,8 @@
 A builder that times kernels on its own GPU cannot run where the model is compressed. So a target may offer ``plan`` (the exact
 graphs, one per precision, made anywhere) and ``build_engine`` (made on the device). There every plan is built, proven against
 the golden logits and raced; the fastest that agrees is sealed into the bundle with its latency and the device's fingerprint.
+
+Where the model is compressed a target may `check` its plans with a builder that needs no device: what became of every layer.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,7 +22,7 @@ import targets
 from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
-from compressor.errors import BundleError, ConfigError
+from compressor.errors import BundleError, ConfigError, TargetUnavailable
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.result import Result
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from compressor.quantize.refine import Refined
 
-__all__ = ["build_bundle", "built", "is_planned", "make_plan", "planner"]
+__all__ = ["BuildJob", "build_bundle", "built", "check_bundle", "check_plan", "is_planned", "make_plan", "planner"]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -102,37 +104,86 @@ def make_plan(
     return replace(plans[0], files=files, sha256=digest(files), size_bytes=size)
 
 
-def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int = 1) -> Result:
-    """The bundle at `path` with the plans of target `name` replaced by the fastest engine that agrees, on this device.
+def check_plan(planned: Artifact, chip: str = "") -> dict[str, Any]:
+    """What a builder that needs no device makes of each precision of `planned` for `chip` (empty: the builder's choice).
 
-    Args:
-        path: a bundle folder or .zip.
-        name: of the target.
-        out: the completed bundle; None replaces the one at `path`.
-        threads: CPU threads of the sessions.
+    Returns:
+        ``engines`` {precision: the target's findings}, ``refused`` {precision: why}.
+    """
+    target: Any = planner(planned.target)
+    engines, refused = {}, {}
+    for file in planned.files if hasattr(target, "check") else ():
+        try:
+            engines[file.stem] = dict(target.check(_single(planned, file), chip))
+        except (ConfigError, TargetUnavailable) as error:
+            refused[file.stem] = str(error)
+    return {"engines": engines, "refused": refused}
+
+
+def check_bundle(path: Path, name: str, chip: str = "") -> Result:
+    """`check_plan` of target `name` of the bundle at `path`, which is left as it is.
 
     Raises:
         BundleError: the bundle holds no plan for the target.
-        TargetUnavailable: the runtime is not installed here, or refused.
-        ParityError: an engine computes something else.
+        TargetUnavailable: no precision could be built; most often the builder is not installed.
     """
-    bundle = Bundle.open(path)
+    found = check_plan(_plan_of(Bundle.open(path), path, name), chip)
+    if not found["engines"]:
+        why = next(iter(found["refused"].values()), "the target has no builder that works without a device")
+        raise TargetUnavailable(f"{path}: the plan of target {name!r} must build, got: {why}")
+    lines = [f"{p}: {', '.join(f'{k} {v}' for k, v in e.items())}" for p, e in found["engines"].items()]
+    return Result({"target": name, **found}, [*lines, *(f"{p}: refused: {why}" for p, why in found["refused"].items())])
+
+
+def _plan_of(bundle: Bundle, path: Path, name: str) -> Artifact:
     planned = bundle.artifact(name)
     if planned.settings.get("stage") != "plan":
         raise BundleError(
             f"{path}: target {name!r} must be a build plan, got a built artifact.", hint="Run it as it is."
         )
-    make = planner(name)
+    return planned
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Which plans are completed, and for what.
+
+    Args:
+        target: whose plans.
+        chip: what the engines are for, as the target calls it; empty: this device.
+        threads: CPU threads of the sessions.
+    """
+
+    target: str
+    chip: str = ""
+    threads: int = 1
+
+
+def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
+    """The bundle at `path` with the plans of a target replaced by the fastest engine that agrees, on this device.
+
+    Args:
+        path: a bundle folder or .zip.
+        job: which target, and for what.
+        out: the completed bundle; None replaces the one at `path`.
+
+    Raises:
+        BundleError: the bundle holds no plan for the target.
+        TargetUnavailable: the runtime is not installed here, or refused every precision.
+        ParityError: an engine computes something else.
+    """
+    bundle, name = Bundle.open(path), job.target
+    planned = _plan_of(bundle, path, name)
     require(name)
     goal = out or path
     with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
         shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
         home = folder / "targets" / name
         shutil.rmtree(home)
-        engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
-        kept, candidates, reason = _race(bundle, name, engines, threads)
+        engines, refused = _engines(planned, home, job.chip)
+        kept, candidates, reason = _race(bundle, name, engines, job.threads)
         discard(candidates, kept)
-        found = _account(name, kept, candidates, reason)
+        found = {**_account(name, kept, candidates, reason), "refused": refused}
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)
     return built(goal, found)
@@ -142,15 +193,29 @@ def built(goal: Path, found: Mapping[str, Any]) -> Result:
     """What ``vitrim build`` answers about the completed bundle at `goal`."""
     ms = found["latency_ms"]["p50"]
     lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms", f"  {found['reason']}"]
+    lines += [f"  {precision} is not for this device: {why}" for precision, why in found["refused"].items()]
     return Result({**found, "bundle": str(goal)}, lines)
 
 
-def _single(planned: Artifact, file: Path) -> Artifact:
-    """The plan of one precision, which is the file's name."""
-    precision = cast(Precision, file.stem)
-    return replace(
-        planned, path=file, files=(file,), sha256=sha256_file(file), size_bytes=file.stat().st_size, precision=precision
-    )
+def _single(planned: Artifact, file: Path, chip: str = "") -> Artifact:
+    """The plan of one precision, which is the file's name, for `chip` where one is named."""
+    settings = {**planned.settings, "chip": chip} if chip else planned.settings
+    size, digest = file.stat().st_size, sha256_file(file)
+    one = replace(planned, path=file, files=(file,), sha256=digest, size_bytes=size, settings=settings)
+    return replace(one, precision=cast(Precision, file.stem))
+
+
+def _engines(planned: Artifact, home: Path, chip: str) -> tuple[list[Artifact], dict[str, str]]:
+    """Every precision made an engine, and why not those that the builder refuses: not every device has every precision."""
+    make, made, refusals = planner(planned.target), [], {}
+    for file in planned.files:
+        try:
+            made.append(make.build_engine(_single(planned, file, chip), home))
+        except TargetUnavailable as error:
+            refusals[file.stem] = error
+    if not made:
+        raise next(iter(refusals.values()))
+    return made, {precision: str(error) for precision, error in refusals.items()}
 
 
 def _race(

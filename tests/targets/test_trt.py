@@ -1,5 +1,6 @@
 """The strongly typed graph and the build plan, which need neither TensorRT nor a GPU."""
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +120,12 @@ def test_plan_is_not_run(tmp_path):
     with pytest.raises(TargetUnavailable, match="build plan") as caught:
         trt.open(plan(tmp_path))
     assert "vitrim build" in caught.value.hint
+
+
+def test_unknown_chip_is_refused(tmp_path):
+    graph = lower(model(PLAIN), trt.CAPABILITIES)
+    with pytest.raises(ConfigError, match=re.escape("must be one of ampere+, version+, got 'SM89'")):
+        trt.plan(graph, BuildOptions(tmp_path, "fp16", chip="SM89"))
 
 
 def test_changed_plan_is_not_built(tmp_path):

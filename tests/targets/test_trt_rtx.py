@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from compressor import build_plan
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
 from compressor.types import Artifact, BuildOptions, Width
-from targets import _tensorrt, _venv, trt_rtx
+from targets import _tensorrt, _venv, trt, trt_rtx
 from tests.targets.networks import FAMILIES, LEVELS, PLAIN, grids, model, of, pruned
 
 STATE = trt_rtx.available()
@@ -83,6 +84,20 @@ def test_chip_without_bf16_is_refused_with_the_vendors_words(tmp_path, call):
     with pytest.raises(TargetUnavailable, match="sm75"):
         built(PLAIN, "bf16", tmp_path, call, chip="SM75")
     assert built(PLAIN, "fp16", tmp_path, call, chip="SM75").size_bytes > 0
+
+
+@pytest.mark.parametrize("target", [trt, trt_rtx], ids=["tensorrt", "tensorrt-rtx"])
+def test_plans_are_checked_without_a_gpu(target, tmp_path):
+    graph = lower(model(PLAIN), target.CAPABILITIES)
+    planned = target.plan(graph, BuildOptions(tmp_path, "bf16", "bf16"))
+    found = target.check(planned)
+    assert (found["chip"], found["builder"]) == ("SM89", f"tensorrt-rtx {STATE.version}")
+    assert (found["products"].split()[1], found["fused_attention"], found["foreign_types"]) == ("bf16", "2", "0")
+    assert [file.name for file in tmp_path.iterdir()] == ["bf16.onnx"]
+    both = replace(planned, files=(planned.path, target.plan(graph, BuildOptions(tmp_path, "fp16", "fp16")).path))
+    checked = build_plan.check_plan(both, "SM75")
+    assert checked["engines"]["fp16"]["chip"] == "SM75"
+    assert list(checked["refused"]) == ["bf16"] and "sm75" in checked["refused"]["bf16"]
 
 
 def test_unknown_chip_is_refused(tmp_path, call):
