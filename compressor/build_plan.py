@@ -206,16 +206,28 @@ def _single(planned: Artifact, file: Path, chip: str = "") -> Artifact:
 
 
 def _engines(planned: Artifact, home: Path, chip: str) -> tuple[list[Artifact], dict[str, str]]:
-    """Every precision made an engine, and why not those that the builder refuses: not every device has every precision."""
+    """Every precision made an engine, and why not the others: not every device builds, or runs, every precision."""
     make, made, refusals = planner(planned.target), [], {}
     for file in planned.files:
+        before = set(home.glob("*"))
         try:
-            made.append(make.build_engine(_single(planned, file, chip), home))
+            engine = make.build_engine(_single(planned, file, chip), home)
+            _load_once(engine)
+            made.append(engine)
         except TargetUnavailable as error:
             refusals[file.stem] = error
+            for left in set(home.glob("*")) - before:
+                left.unlink()
     if not made:
         raise next(iter(refusals.values()))
     return made, {precision: str(error) for precision, error in refusals.items()}
+
+
+def _load_once(engine: Artifact) -> None:
+    """Some builders leave the last step to the device's runtime, which then is the one to refuse."""
+    session = targets.get(engine.target).open(engine)
+    if hasattr(session, "close"):
+        session.close()
 
 
 def _race(

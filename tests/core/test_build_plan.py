@@ -22,7 +22,7 @@ from dataclasses import replace
 from compressor.errors import TargetUnavailable
 from targets import _tensorrt, ort
 
-NAME, CAPABILITIES, available, open = "planned", _tensorrt.CAPABILITIES, ort.available, ort.open
+NAME, CAPABILITIES, available = "planned", _tensorrt.CAPABILITIES, ort.available
 
 def plan(graph, options):
     return _tensorrt.plan(NAME, graph, options)
@@ -33,7 +33,13 @@ def build_engine(artifact, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{artifact.path.stem}.engine"
     shutil.copy(artifact.path, path)
-    return replace(artifact, path=path, files=(path,), settings={"stage": "engine"})
+    late = {"late": "yes"} if artifact.settings["chip"] == f"late {artifact.precision}" else {}
+    return replace(artifact, path=path, files=(path,), settings={"stage": "engine", **late})
+
+def open(artifact, threads=1):
+    if "late" in artifact.settings:
+        raise TargetUnavailable(f"no {artifact.precision} in this runtime")
+    return ort.open(artifact, threads)
 
 def build(graph, options):
     return build_engine(plan(graph, options), options.out_dir)
@@ -112,6 +118,14 @@ def test_precision_the_device_lacks_is_a_row_not_a_failure(tmp_path):
     assert [row["precision"] for row in found.data["candidates"]] == ["fp16", "w8a8"]
     assert Bundle.open(tmp_path / "without_fp32").check("planned")["passed"]
     assert build_plan.build_bundle(plan, BuildJob("planned"), tmp_path / "all").data["refused"] == {}
+
+
+def test_precision_the_runtime_refuses_is_a_row_too(tmp_path):
+    found = build_plan.build_bundle(
+        bundle(tmp_path / "plan"), BuildJob("planned", chip="late fp16"), tmp_path / "built"
+    )
+    assert found.data["refused"] == {"fp16": "no fp16 in this runtime"}
+    assert not (tmp_path / "built/targets/planned/fp16.engine").exists()
 
 
 def test_plan_that_nothing_can_check_is_refused(tmp_path):
