@@ -169,6 +169,7 @@ def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
 
     Raises:
         BundleError: the bundle holds no plan for the target.
+        ConfigError: the target does not know the chip.
         TargetUnavailable: the runtime is not installed here, or refused every precision.
         ParityError: an engine computes something else.
     """
@@ -207,14 +208,15 @@ def _single(planned: Artifact, file: Path, chip: str = "") -> Artifact:
 
 def _engines(planned: Artifact, home: Path, chip: str) -> tuple[list[Artifact], dict[str, str]]:
     """Every precision made an engine, and why not the others: not every device builds, or runs, every precision."""
-    make, made, refusals = planner(planned.target), [], {}
+    make, made = planner(planned.target), []
+    refusals: dict[str, ConfigError | TargetUnavailable] = {}
     for file in planned.files:
         before = set(home.glob("*"))
         try:
             engine = make.build_engine(_single(planned, file, chip), home)
             _load_once(engine)
             made.append(engine)
-        except TargetUnavailable as error:
+        except (ConfigError, TargetUnavailable) as error:
             refusals[file.stem] = error
             for left in set(home.glob("*")) - before:
                 left.unlink()

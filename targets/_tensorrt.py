@@ -125,7 +125,7 @@ def plan(target: str, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(target, CAPABILITIES, options)
-    check_fp8(target, options)
+    check_fp8(target, options.precision, options.chip)
     for node in graph.graph:
         zero = node.inputs[2] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
         if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
@@ -151,11 +151,13 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
 
     Raises:
         BundleError: `artifact` is no build plan, or its file was changed.
+        ConfigError: the chip has no fp8, which the plan asks for.
         TargetUnavailable: the library is missing, or it refused.
     """
     check_files(artifact)
     if artifact.settings.get("stage") != "plan":
         raise BundleError(f"{artifact.path}: artifact must be a build plan, got an engine.", hint="Use it as it is.")
+    check_fp8(artifact.target, artifact.precision, artifact.settings["chip"])
     out_dir.mkdir(parents=True, exist_ok=True)
     path, source = out_dir / f"{artifact.path.stem}.engine", artifact.inputs[0]
     shapes = [[batch if size == -1 else size for size in source.shape] for batch in BATCHES]
@@ -175,13 +177,13 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
     )
 
 
-def check_fp8(target: str, options: BuildOptions) -> None:
+def check_fp8(target: str, precision: Precision, chip: str) -> None:
     """Raises ConfigError when fp8 is asked for on a chip that has none: below SM89, or "ampere+"."""
-    number = options.chip.removeprefix("SM")
-    below = options.chip == "ampere+" or (number.isdigit() and int(number) < FIRST_FP8)
-    if options.precision == "fp8" and below:
+    number = chip.removeprefix("SM")
+    below = chip == "ampere+" or (number.isdigit() and int(number) < FIRST_FP8)
+    if precision == "fp8" and below:
         raise ConfigError(
-            f"The chip of target {target!r} must be SM{FIRST_FP8} or later for fp8, got {options.chip!r}.",
+            f"The chip of target {target!r} must be SM{FIRST_FP8} or later for fp8, got {chip!r}.",
             hint="Ada, Hopper, Blackwell and Thor have 8-bit floats; on other chips take w8a8 or fp16.",
         )
 

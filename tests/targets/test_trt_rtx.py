@@ -100,6 +100,15 @@ def test_plans_are_checked_without_a_gpu(target, tmp_path):
     assert list(checked["refused"]) == ["bf16"] and "sm75" in checked["refused"]["bf16"]
 
 
+def test_fp8_is_checked_for_chips_that_have_it(tmp_path):
+    network = model(PLAIN)
+    planned = trt.plan(lower(network, trt.CAPABILITIES, grids(network, "e4m3")), BuildOptions(tmp_path, "fp8", "fp8"))
+    assert "fp8" in build_plan.check_plan(planned, "SM120")["engines"]["fp8"]["products"]
+    refused = build_plan.check_plan(planned, "SM86")
+    assert refused == {"engines": {}, "refused": {"fp8": refused["refused"]["fp8"]}}
+    assert "SM89 or later for fp8, got 'SM86'" in refused["refused"]["fp8"]
+
+
 def test_unknown_chip_is_refused(tmp_path, call):
     with pytest.raises(TargetUnavailable, match="SM89"):
         built(PLAIN, "fp16", tmp_path, call, chip="SM90")
