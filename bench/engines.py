@@ -253,8 +253,7 @@ def judged(expected: Array, got: Array) -> str:
 
 def peer_engine(call: _tensorrt.Call, file: Path, spec: VitSpec, precision: Precision, chip: str) -> dict[str, str]:
     """Findings about the engine of any graph with vitrim's input."""
-    shape = [spec.in_chans, *spec.image_size]
-    shapes = [[batch, *shape] for batch in _tensorrt.BATCHES]
+    shapes = _tensorrt.batch_shapes((-1, spec.in_chans, *spec.image_size), 1)
     where = {"onnx": str(file), "engine": str(file.with_suffix(".engine")), "input": "pixels", "shapes": shapes}
     return _tensorrt.findings(call("build", {**where, "chip": chip, **SETTINGS}, {})[0], precision)
 

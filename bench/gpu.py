@@ -137,7 +137,9 @@ def engine_contestants(model: Model, pixels: torch.Tensor, expected: torch.Tenso
                 continue
             graph = lower(model, target.CAPABILITIES, grids(model, width) if width else None)
             with tempfile.TemporaryDirectory() as folder:
-                artifact = target.build(graph, BuildOptions(Path(folder), precision))
+                planned = target.plan(graph, BuildOptions(Path(folder), precision))
+                tuned = {**planned.settings, "batch": str(len(pixels))}
+                artifact = target.build_engine(replace(planned, settings=tuned), Path(folder))
                 context = _tensorrt_worker.Engine(target.PACKAGE, str(artifact.path)).context
             out = torch.full_like(expected, float("nan"))
             run = partial(enqueue, context, pixels, out)

@@ -114,7 +114,7 @@ def check_plan(planned: Artifact, chip: str = "") -> dict[str, Any]:
     engines, refused = {}, {}
     for file in planned.files if hasattr(target, "check") else ():
         try:
-            engines[file.stem] = dict(target.check(_single(planned, file), chip))
+            engines[file.stem] = dict(target.check(_single(planned, file, {}), chip))
         except (ConfigError, TargetUnavailable) as error:
             refused[file.stem] = str(error)
     return {"engines": engines, "refused": refused}
@@ -151,12 +151,19 @@ class BuildJob:
     Args:
         target: whose plans.
         chip: what the engines are for, as the target calls it; empty: this device.
+        batch: images at a time that the engines are tuned for and raced with; they take others too.
         threads: CPU threads of the sessions.
     """
 
     target: str
     chip: str = ""
+    batch: int = 1
     threads: int = 1
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the plan does not say."""
+        return {"batch": str(self.batch)} | ({"chip": self.chip} if self.chip else {})
 
 
 def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
@@ -181,10 +188,10 @@ def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
         shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
         home = folder / "targets" / name
         shutil.rmtree(home)
-        engines, refused = _engines(planned, home, job.chip)
-        kept, candidates, reason = _race(bundle, name, engines, job.threads)
+        engines, refused = _engines(planned, home, job.settings)
+        kept, candidates, reason = _race(bundle, job, engines)
         discard(candidates, kept)
-        found = {**_account(name, kept, candidates, reason), "refused": refused}
+        found = {**_account(name, kept, candidates, reason), "batch": job.batch, "refused": refused}
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)
     return built(goal, found)
@@ -193,27 +200,28 @@ def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
 def built(goal: Path, found: Mapping[str, Any]) -> Result:
     """What ``vitrim build`` answers about the completed bundle at `goal`."""
     ms = found["latency_ms"]["p50"]
-    lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms", f"  {found['reason']}"]
+    per = f" per {found['batch']} images" if found["batch"] > 1 else ""
+    lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms{per}", f"  {found['reason']}"]
     lines += [f"  {precision} is not for this device: {why}" for precision, why in found["refused"].items()]
     return Result({**found, "bundle": str(goal)}, lines)
 
 
-def _single(planned: Artifact, file: Path, chip: str = "") -> Artifact:
-    """The plan of one precision, which is the file's name, for `chip` where one is named."""
-    settings = {**planned.settings, "chip": chip} if chip else planned.settings
+def _single(planned: Artifact, file: Path, settings: Mapping[str, str]) -> Artifact:
+    """The plan of one precision, which is the file's name, with `settings` added."""
+    settings = {**planned.settings, **settings}
     size, digest = file.stat().st_size, sha256_file(file)
     one = replace(planned, path=file, files=(file,), sha256=digest, size_bytes=size, settings=settings)
     return replace(one, precision=cast(Precision, file.stem))
 
 
-def _engines(planned: Artifact, home: Path, chip: str) -> tuple[list[Artifact], dict[str, str]]:
+def _engines(planned: Artifact, home: Path, settings: Mapping[str, str]) -> tuple[list[Artifact], dict[str, str]]:
     """Every precision made an engine, and why not the others: not every device builds, or runs, every precision."""
     make, made = planner(planned.target), []
     refusals: dict[str, ConfigError | TargetUnavailable] = {}
     for file in planned.files:
         before = set(home.glob("*"))
         try:
-            engine = make.build_engine(_single(planned, file, chip), home)
+            engine = make.build_engine(_single(planned, file, settings), home)
             _load_once(engine)
             made.append(engine)
         except (ConfigError, TargetUnavailable) as error:
@@ -232,14 +240,12 @@ def _load_once(engine: Artifact) -> None:
         session.close()
 
 
-def _race(
-    bundle: Bundle, name: str, engines: list[Artifact], threads: int
-) -> tuple[Candidate, tuple[Candidate, ...], str]:
-    golden, expected = bundle.golden["inputs"], bundle.golden["reference"]
+def _race(bundle: Bundle, job: BuildJob, engines: list[Artifact]) -> tuple[Candidate, tuple[Candidate, ...], str]:
+    golden, expected, name = bundle.golden["inputs"], bundle.golden["reference"], job.target
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for engine in engines:
-            session = targets.get(name).open(engine, threads=threads)
+            session = targets.get(name).open(engine, threads=job.threads)
             if hasattr(session, "close"):
                 stack.callback(session.close)
             sessions[engine.precision] = session
@@ -250,8 +256,8 @@ def _race(
             e.precision: check_parity(expected, outputs[e.precision], e.precision, f"{name} {e.precision}")
             for e in engines
         }
-        feed = {engines[0].inputs[0].name: golden[:1]}
-        times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
+        feed = {engines[0].inputs[0].name: np.resize(golden, (job.batch, *golden.shape[1:]))}
+        times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
     candidates = tuple(
         Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
     )

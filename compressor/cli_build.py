@@ -35,6 +35,7 @@ def build(
     check: Annotated[
         bool, typer.Option("--check", help="Only say what TensorRT-RTX makes of the plans; needs no GPU.")
     ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time that engines are tuned for and raced with.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[
         str, typer.Option(help="Where to build: local, ssh://user@host[:port], adb://SERIAL, or a named device.")
@@ -49,7 +50,7 @@ def build(
         if where is not None or out is not None:
             raise ConfigError("--check must stand without --out and --device: it runs here and writes nothing.")
         return check_bundle(bundle, target, chip)
-    job = BuildJob(target, chip, threads)
+    job = BuildJob(target, chip, batch, threads)
     if where is None:
         return build_bundle(bundle, job, out)
     from compressor.remote import build_on

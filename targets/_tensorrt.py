@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
-    "BATCHES",
     "CAPABILITIES",
     "Call",
     "EngineSession",
     "Layer",
+    "batch_shapes",
     "build_engine",
     "engine_layers",
     "findings",
@@ -47,7 +47,7 @@ Call = Callable[[str, Mapping[str, Any], Mapping[str, Array]], tuple[dict[str, A
 CAPABILITIES = Capabilities(
     layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8", "fp8"), equal_heads=True, zero_points=False
 )
-BATCHES = (1, 1, 64)  # least, tuned for, largest
+LARGEST_BATCH = 64  # that an engine takes, unless it is tuned for a larger one
 FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16", "fp8": "FLOAT16"}  # outside the quantized products
 NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}  # engine's type -> ours
 EXPECTED = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "w8a8": "HALF", "fp8": "HALF"}  # network's float layers
@@ -144,7 +144,7 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
     """The engine that build plan `artifact` describes, and the builder's own account of it.
 
     Args:
-        artifact: what `plan` returned; other artifacts are refused.
+        artifact: what `plan` returned; other artifacts are refused. Its settings may name the ``batch`` to tune for, else 1.
         out_dir: receives ``NAME.engine`` and ``NAME.layers.json``.
         settings: ``package``, ``timing_cache`` and ``portable`` of the worker's `build`.
         call: runs a function of the worker.
@@ -160,12 +160,13 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
     check_fp8(artifact.target, artifact.precision, artifact.settings["chip"])
     out_dir.mkdir(parents=True, exist_ok=True)
     path, source = out_dir / f"{artifact.path.stem}.engine", artifact.inputs[0]
-    shapes = [[batch if size == -1 else size for size in source.shape] for batch in BATCHES]
+    shapes = batch_shapes(source.shape, int(artifact.settings.get("batch", "1")))
     given = {"onnx": str(artifact.path), "engine": str(path), "input": source.name, "shapes": shapes}
     built, _ = call("build", {**given, "chip": artifact.settings["chip"], **settings}, {})
     layers = path.with_suffix(".layers.json")
     layers.write_text(json.dumps(built, indent=1), encoding="utf-8")
     told = {"stage": "engine", "chip": artifact.settings["chip"], "version": built["version"]}
+    told["batch"] = artifact.settings.get("batch", "1")
     files = (path, layers)
     return replace(
         artifact,
@@ -175,6 +176,15 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
         settings=told | findings(built, artifact.precision),
         files=files,
     )
+
+
+def batch_shapes(shape: tuple[int, ...], batch: int) -> list[list[int]]:
+    """Least, tuned for and largest shape of an input (-1, ...).
+
+    >>> batch_shapes((-1, 3, 224, 224), 8)
+    [[1, 3, 224, 224], [8, 3, 224, 224], [64, 3, 224, 224]]
+    """
+    return [[n if size == -1 else size for size in shape] for n in (1, batch, max(batch, LARGEST_BATCH))]
 
 
 def check_fp8(target: str, precision: Precision, chip: str) -> None:

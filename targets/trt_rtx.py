@@ -88,7 +88,7 @@ def check(artifact: Artifact, chip: str = "") -> dict[str, str]:
     chip = chip or CHECKED
     with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
         made = build_engine(replace(artifact, settings={**artifact.settings, "chip": chip}), Path(folder))
-        found = {name: value for name, value in made.settings.items() if name not in ("stage", "version")}
+        found = {name: value for name, value in made.settings.items() if name not in ("stage", "version", "batch")}
     return {"builder": f"{NAME} {made.settings['version']}", **found}
 
 

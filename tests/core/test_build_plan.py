@@ -12,6 +12,7 @@ from compressor import build_plan, checkpoint
 from compressor.build_plan import BuildJob
 from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.profile import interleave
 from compressor.quantize.refine import Refined
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
@@ -106,6 +107,20 @@ def test_engine_is_built_proven_raced_and_sealed(tmp_path):
     eligible = [row for row in stored["candidates"] if row["kept"] or row["precision"] == "fp32"]
     assert stored["latency_ms"]["p50"] == min(row["latency_ms"]["p50"] for row in eligible) >= fastest
     assert (plan / "manifest.json").read_bytes() == before  # the plan is left for the next device
+
+
+def test_engines_are_raced_with_the_batch_they_are_for(tmp_path, monkeypatch):
+    fed = []
+
+    def watched(sessions, feed, config):
+        fed.append(feed["pixels"].shape)
+        return interleave(sessions, feed, config)
+
+    monkeypatch.setattr(build_plan, "interleave", watched)
+    plan = bundle(tmp_path / "plan")
+    for batch in (1, 20):
+        found = build_plan.build_bundle(plan, BuildJob("planned", batch=batch), tmp_path / str(batch))
+        assert found.data["batch"] == batch and fed.pop() == (batch, 3, 32, 32)
 
 
 def test_precision_the_device_lacks_is_a_row_not_a_failure(tmp_path):

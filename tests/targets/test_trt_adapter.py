@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,8 +144,12 @@ def test_networks_are_strongly_typed_in_both_releases(release, tmp_path):
 
 
 def test_one_profile_serves_every_batch(release, tmp_path):
-    built(tmp_path)
+    made = built(tmp_path)
     assert "shapes ((1, 3, 32, 32), (1, 3, 32, 32), (64, 3, 32, 32))" in said()
+    planned = trt.plan(lower(model(PLAIN), trt.CAPABILITIES), BuildOptions(tmp_path, "fp16"))
+    trt.build_engine(replace(planned, settings={**planned.settings, "batch": "100"}), tmp_path)
+    assert "shapes ((1, 3, 32, 32), (100, 3, 32, 32), (100, 3, 32, 32))" in said()
+    assert made.settings["batch"] == "1"
 
 
 def test_portable_engines_are_asked_for_by_the_chip(release, tmp_path):
