@@ -34,7 +34,9 @@ import torch
 from calibration.observe import ObservePlan, observe
 from compressor.lower import lower
 from compressor.prune import PRUNERS, configure, prune
-from compressor.types import BlockSpec, BuildOptions, Model, Precision, Preprocess, QParams, Quantization, VitSpec
+from compressor.quantize.grid import symmetric
+from compressor.quantize.plan import for_target, linears
+from compressor.types import BlockSpec, BuildOptions, Model, Precision, Preprocess, Quantization, VitSpec, Width
 from compressor.vit import VisionTransformer, to_torch
 from targets import _tensorrt_worker, trt, trt_rtx
 
@@ -54,7 +56,8 @@ MODELS = {
     "deit-huge": plain(1280, 16, 32, patch=14),
     "smoke": replace(plain(64, 2, 2), image_size=(32, 32)),  # to try this file, not to measure
 }
-ENGINES: tuple[Precision, ...] = ("fp16", "w8a8")
+WIDTHS: dict[Precision, Width | None] = {"fp16": None, "w8a8": 8, "fp8": "e4m3"}  # of the engines' quantized linears
+FIRST_FP8 = (8, 9)  # compute capability
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -124,21 +127,25 @@ def torch_contestants(model: Model, pixels: torch.Tensor, expected: torch.Tensor
 
 
 def engine_contestants(model: Model, pixels: torch.Tensor, expected: torch.Tensor) -> dict[str, Run]:
-    """fp16 and w8a8 engines from vitrim's own graph; none where no TensorRT can be imported or no GPU is."""
+    """fp16, w8a8 and fp8 engines from vitrim's own graph; none where no TensorRT can be imported or no GPU is."""
     runs: dict[str, Run] = {}
     for target in (trt, trt_rtx):
         if find_spec(target.PACKAGE) is None or not pixels.is_cuda:
             continue
-        for precision in ENGINES:
-            graph = lower(model, target.CAPABILITIES, grids(model) if precision == "w8a8" else None)
+        for precision, width in WIDTHS.items():
+            if precision == "fp8" and torch.cuda.get_device_capability() < FIRST_FP8:
+                continue
+            graph = lower(model, target.CAPABILITIES, grids(model, width) if width else None)
             with tempfile.TemporaryDirectory() as folder:
-                artifact = target.build(graph, BuildOptions(Path(folder), precision))
+                planned = target.plan(graph, BuildOptions(Path(folder), precision))
+                tuned = {**planned.settings, "batch": str(len(pixels))}
+                artifact = target.build_engine(replace(planned, settings=tuned), Path(folder))
                 context = _tensorrt_worker.Engine(target.PACKAGE, str(artifact.path)).context
             out = torch.full_like(expected, float("nan"))
             run = partial(enqueue, context, pixels, out)
             run()
-            # Grids of random weights say nothing about accuracy: integers only have to be finite.
-            check(f"{target.NAME} {precision}", expected, out, float("inf") if precision == "w8a8" else 0.05)
+            # Grids of random weights say nothing about accuracy: such logits only have to be finite.
+            check(f"{target.NAME} {precision}", expected, out, float("inf") if width else 0.05)
             runs[f"{target.NAME} {precision}"] = Graph(run)
     return runs
 
@@ -152,15 +159,14 @@ def enqueue(context: Any, pixels: torch.Tensor, out: torch.Tensor) -> None:
         raise SystemExit("TensorRT: the engine does not run.")
 
 
-def grids(model: Model) -> Quantization:
-    """int8 grids for every linear: of the right form, of no meaning."""
-    weights = {
-        name: QParams(np.abs(w.reshape(len(w), -1)).max(1) / np.float32(127), 0, 8, axis=0)
-        for name, w in model.weights.items()
-        if name.endswith(".weight") and "norm" not in name
-    }
-    blocks = [f"blocks.{i}.{part}" for i in range(len(model.spec.blocks)) for part in ("qkv", "proj", "fc1", "fc2")]
-    return Quantization(weights, {site: QParams(np.float32(0.03), 0, 8) for site in ["patch", "head", *blocks]})
+def grids(model: Model, width: Width = 8) -> Quantization:
+    """Grids for every linear of the target, of the right form and of no meaning."""
+    precision: Precision = "w8a8" if width == 8 else "fp8"
+    config = for_target(trt.CAPABILITIES, precision)
+    sites = {name: site for name, site in linears(model.spec).items() if not config.is_skipped(name)}
+    scales = {name: np.abs(model.weights[name].reshape(len(model.weights[name]), -1)).max(1) for name in sites}
+    weights = {name: symmetric(amax, width, axis=0) for name, amax in scales.items()}
+    return Quantization(weights, {site: symmetric(4.0, width) for site in sites.values()}, precision)
 
 
 def check(name: str, expected: torch.Tensor, got: torch.Tensor, limit: float = 0.05) -> None:

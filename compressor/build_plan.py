@@ -3,6 +3,8 @@
 A builder that times kernels on its own GPU cannot run where the model is compressed. So a target may offer ``plan`` (the exact
 graphs, one per precision, made anywhere) and ``build_engine`` (made on the device). There every plan is built, proven against
 the golden logits and raced; the fastest that agrees is sealed into the bundle with its latency and the device's fingerprint.
+
+Where the model is compressed a target may `check` its plans with a builder that needs no device: what became of every layer.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,7 +22,7 @@ import targets
 from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
-from compressor.errors import BundleError, ConfigError
+from compressor.errors import BundleError, ConfigError, TargetUnavailable
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.result import Result
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from compressor.quantize.refine import Refined
 
-__all__ = ["build_bundle", "built", "is_planned", "make_plan", "planner"]
+__all__ = ["BuildJob", "build_bundle", "built", "check_bundle", "check_plan", "is_planned", "make_plan", "planner"]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -102,37 +104,94 @@ def make_plan(
     return replace(plans[0], files=files, sha256=digest(files), size_bytes=size)
 
 
-def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int = 1) -> Result:
-    """The bundle at `path` with the plans of target `name` replaced by the fastest engine that agrees, on this device.
+def check_plan(planned: Artifact, chip: str = "") -> dict[str, Any]:
+    """What a builder that needs no device makes of each precision of `planned` for `chip` (empty: the builder's choice).
 
-    Args:
-        path: a bundle folder or .zip.
-        name: of the target.
-        out: the completed bundle; None replaces the one at `path`.
-        threads: CPU threads of the sessions.
+    Returns:
+        ``engines`` {precision: the target's findings}, ``refused`` {precision: why}.
+    """
+    target: Any = planner(planned.target)
+    engines, refused = {}, {}
+    for file in planned.files if hasattr(target, "check") else ():
+        try:
+            engines[file.stem] = dict(target.check(_single(planned, file, {}), chip))
+        except (ConfigError, TargetUnavailable) as error:
+            refused[file.stem] = str(error)
+    return {"engines": engines, "refused": refused}
+
+
+def check_bundle(path: Path, name: str, chip: str = "") -> Result:
+    """`check_plan` of target `name` of the bundle at `path`, which is left as it is.
 
     Raises:
         BundleError: the bundle holds no plan for the target.
-        TargetUnavailable: the runtime is not installed here, or refused.
-        ParityError: an engine computes something else.
+        TargetUnavailable: no precision could be built; most often the builder is not installed.
     """
-    bundle = Bundle.open(path)
+    found = check_plan(_plan_of(Bundle.open(path), path, name), chip)
+    if not found["engines"]:
+        why = next(iter(found["refused"].values()), "the target has no builder that works without a device")
+        raise TargetUnavailable(f"{path}: the plan of target {name!r} must build, got: {why}")
+    lines = [f"{p}: {', '.join(f'{k} {v}' for k, v in e.items())}" for p, e in found["engines"].items()]
+    return Result({"target": name, **found}, [*lines, *(f"{p}: refused: {why}" for p, why in found["refused"].items())])
+
+
+def _plan_of(bundle: Bundle, path: Path, name: str) -> Artifact:
     planned = bundle.artifact(name)
     if planned.settings.get("stage") != "plan":
         raise BundleError(
             f"{path}: target {name!r} must be a build plan, got a built artifact.", hint="Run it as it is."
         )
-    make = planner(name)
+    return planned
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Which plans are completed, and for what.
+
+    Args:
+        target: whose plans.
+        chip: what the engines are for, as the target calls it; empty: this device.
+        batch: images at a time that the engines are tuned for and raced with; they take others too.
+        threads: CPU threads of the sessions.
+    """
+
+    target: str
+    chip: str = ""
+    batch: int = 1
+    threads: int = 1
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the plan does not say."""
+        return {"batch": str(self.batch)} | ({"chip": self.chip} if self.chip else {})
+
+
+def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
+    """The bundle at `path` with the plans of a target replaced by the fastest engine that agrees, on this device.
+
+    Args:
+        path: a bundle folder or .zip.
+        job: which target, and for what.
+        out: the completed bundle; None replaces the one at `path`.
+
+    Raises:
+        BundleError: the bundle holds no plan for the target.
+        ConfigError: the target does not know the chip.
+        TargetUnavailable: the runtime is not installed here, or refused every precision.
+        ParityError: an engine computes something else.
+    """
+    bundle, name = Bundle.open(path), job.target
+    planned = _plan_of(bundle, path, name)
     require(name)
     goal = out or path
     with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
         shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
         home = folder / "targets" / name
         shutil.rmtree(home)
-        engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
-        kept, candidates, reason = _race(bundle, name, engines, threads)
+        engines, refused = _engines(planned, home, job.settings)
+        kept, candidates, reason = _race(bundle, job, engines)
         discard(candidates, kept)
-        found = _account(name, kept, candidates, reason)
+        found = {**_account(name, kept, candidates, reason), "batch": job.batch, "refused": refused}
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)
     return built(goal, found)
@@ -141,26 +200,52 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
 def built(goal: Path, found: Mapping[str, Any]) -> Result:
     """What ``vitrim build`` answers about the completed bundle at `goal`."""
     ms = found["latency_ms"]["p50"]
-    lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms", f"  {found['reason']}"]
+    per = f" per {found['batch']} images" if found["batch"] > 1 else ""
+    lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms{per}", f"  {found['reason']}"]
+    lines += [f"  {precision} is not for this device: {why}" for precision, why in found["refused"].items()]
     return Result({**found, "bundle": str(goal)}, lines)
 
 
-def _single(planned: Artifact, file: Path) -> Artifact:
-    """The plan of one precision, which is the file's name."""
-    precision = cast(Precision, file.stem)
-    return replace(
-        planned, path=file, files=(file,), sha256=sha256_file(file), size_bytes=file.stat().st_size, precision=precision
-    )
+def _single(planned: Artifact, file: Path, settings: Mapping[str, str]) -> Artifact:
+    """The plan of one precision, which is the file's name, with `settings` added."""
+    settings = {**planned.settings, **settings}
+    size, digest = file.stat().st_size, sha256_file(file)
+    one = replace(planned, path=file, files=(file,), sha256=digest, size_bytes=size, settings=settings)
+    return replace(one, precision=cast(Precision, file.stem))
 
 
-def _race(
-    bundle: Bundle, name: str, engines: list[Artifact], threads: int
-) -> tuple[Candidate, tuple[Candidate, ...], str]:
-    golden, expected = bundle.golden["inputs"], bundle.golden["reference"]
+def _engines(planned: Artifact, home: Path, settings: Mapping[str, str]) -> tuple[list[Artifact], dict[str, str]]:
+    """Every precision made an engine, and why not the others: not every device builds, or runs, every precision."""
+    make, made = planner(planned.target), []
+    refusals: dict[str, ConfigError | TargetUnavailable] = {}
+    for file in planned.files:
+        before = set(home.glob("*"))
+        try:
+            engine = make.build_engine(_single(planned, file, settings), home)
+            _load_once(engine)
+            made.append(engine)
+        except (ConfigError, TargetUnavailable) as error:
+            refusals[file.stem] = error
+            for left in set(home.glob("*")) - before:
+                left.unlink()
+    if not made:
+        raise next(iter(refusals.values()))
+    return made, {precision: str(error) for precision, error in refusals.items()}
+
+
+def _load_once(engine: Artifact) -> None:
+    """Some builders leave the last step to the device's runtime, which then is the one to refuse."""
+    session = targets.get(engine.target).open(engine)
+    if hasattr(session, "close"):
+        session.close()
+
+
+def _race(bundle: Bundle, job: BuildJob, engines: list[Artifact]) -> tuple[Candidate, tuple[Candidate, ...], str]:
+    golden, expected, name = bundle.golden["inputs"], bundle.golden["reference"], job.target
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for engine in engines:
-            session = targets.get(name).open(engine, threads=threads)
+            session = targets.get(name).open(engine, threads=job.threads)
             if hasattr(session, "close"):
                 stack.callback(session.close)
             sessions[engine.precision] = session
@@ -171,8 +256,8 @@ def _race(
             e.precision: check_parity(expected, outputs[e.precision], e.precision, f"{name} {e.precision}")
             for e in engines
         }
-        feed = {engines[0].inputs[0].name: golden[:1]}
-        times = interleave(sessions, feed, ProfileConfig(threads=threads, budget_s=RACE_SECONDS * len(sessions)))
+        feed = {engines[0].inputs[0].name: np.resize(golden, (job.batch, *golden.shape[1:]))}
+        times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
     candidates = tuple(
         Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from compressor import cli_device, cli_pages, cli_search, console
+from compressor import cli_build, cli_device, cli_pages, cli_search, console
 from compressor.console import Console, command
 from compressor.result import Result
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(cli_pages.app)
 app.add_typer(cli_device.app)
 app.add_typer(cli_search.app)
+app.add_typer(cli_build.app)
 
 MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -370,27 +371,6 @@ def verify(console: Console, bundle: BundlePath, target: Target = None, device: 
     from compressor.remote import verify_on
 
     return verify_on(where, bundle, target, console.note)
-
-
-@command(app, "build", "vitrim build b --target tensorrt", "vitrim build b --target tensorrt-rtx --out ready --json")
-def build(
-    console: Console,
-    bundle: BundlePath,
-    target: Annotated[str, typer.Option(help="Target whose build plan is completed.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Completed bundle (default: in place).")] = None,
-    threads: Threads = 1,
-    device: On = "local",
-) -> Result:
-    """Complete a bundle's build plan on the device: make the engines, prove and race them, seal the fastest."""
-    from compressor.build_plan import build_bundle
-    from compressor.inventory import default_file, resolve
-
-    where = resolve(device, default_file())
-    if where is None:
-        return build_bundle(bundle, target, out, threads=threads)
-    from compressor.remote import build_on
-
-    return build_on(where, bundle, target, out, console.note, threads=threads)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from compressor.types import OpRecord, VitSpec
 
 __all__ = ["FloatPart", "int8_share"]
 
+EIGHT_BITS = ("int8", "fp8")
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FullyConnected", "Attention")  # how the types of multiplying nodes begin or end
 
 
@@ -34,7 +35,7 @@ class FloatPart:
 def int8_share(
     ops: Sequence[OpRecord], spec: VitSpec, kept_float: Collection[str] = (), *, weight_only: bool = False
 ) -> dict[str, Any]:
-    """``int8_mac_share`` (None without a table of nodes) and ``float_parts``, from what a runtime executed.
+    """``int8_mac_share`` (8-bit floats too; None without a table of nodes), ``float_parts``, from what a runtime executed.
 
     Args:
         ops: the runtime's own table.
@@ -53,13 +54,13 @@ def int8_share(
     rest: dict[tuple[str, str, str], float] = {}
     for place, amount in macs.items():
         precisions = _multiplied(nodes.get(place, []))
-        share = precisions.count("int8") / len(precisions)
+        share = sum(p in EIGHT_BITS for p in precisions) / len(precisions)
         integer += share * amount
         if share < 1:
             name = _name(place)
             key = (
                 name,
-                next(p for p in precisions if p != "int8"),
+                next(p for p in precisions if p not in EIGHT_BITS),
                 _reason(name, place, kept_float, weight_only=weight_only),
             )
             rest[key] = rest.get(key, 0.0) + (1 - share) * amount

@@ -19,7 +19,7 @@ import numpy as np
 import targets
 from calibration import data
 from compressor import __version__, checkpoint
-from compressor.build_plan import is_planned, make_plan
+from compressor.build_plan import check_plan, is_planned, make_plan
 from compressor.bundle import artifact_entry, seal
 from compressor.cache import Cache
 from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
@@ -77,7 +77,7 @@ class Run:
     images: Images
     quantized: dict[str, dict[Precision, Quantized]]  # by target
     outcomes: tuple[Outcome, ...]
-    plans: tuple[Artifact, ...]  # of targets whose artifacts are completed on the device
+    plans: tuple[tuple[Artifact, dict[str, Any]], ...]  # completed on the device, and what a check here found
     compiled: tuple[Compiled, ...]  # of chips that are not here
     pixels: Array  # (n, C, h, w) the calibration inputs of the parity checks
     expected: Array  # (n, classes)
@@ -177,7 +177,8 @@ def run_stages(recipe: Recipe, reference: Model, images: Images, folder: Path, t
             home.mkdir(parents=True)
             grids = {p: q.refined for p, q in quantized.get(name, {}).items()}
             if is_planned(name):
-                plans.append(make_plan(model, name, precisions(name, recipe.precision), grids, home))
+                plan = make_plan(model, name, precisions(name, recipe.precision), grids, home)
+                plans.append((plan, check_plan(plan)))
             elif is_compiled(name):
                 compiled.append(compile_model(job, name, recipe.precision, home))
             else:
@@ -247,7 +248,8 @@ def _result(run: Run, accuracies: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "targets": [_target_result(run, o, accuracies[o.target]) for o in run.outcomes],
         "compiled": [compiled_json(c) for c in run.compiled],
         "plans": [
-            {"name": p.target, "size_bytes": p.size_bytes, "next": "vitrim build, on the device"} for p in run.plans
+            {"name": p.target, "size_bytes": p.size_bytes, "next": "vitrim build, on the device", "checked": checked}
+            for p, checked in run.plans
         ],
     }
 
@@ -305,7 +307,11 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
         "targets": {
             a.target: artifact_entry(a, folder).model_dump()
-            for a in (*(o.kept.artifact for o in run.outcomes), *(c.artifact for c in run.compiled), *run.plans)
+            for a in (
+                *(o.kept.artifact for o in run.outcomes),
+                *(c.artifact for c in run.compiled),
+                *(p for p, _ in run.plans),
+            )
         },
     }
 

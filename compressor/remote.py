@@ -28,7 +28,7 @@ from time import sleep
 from typing import IO, Any
 
 from compressor import probe, replies
-from compressor.build_plan import built
+from compressor.build_plan import BuildJob, built
 from compressor.bundle import MAX_FILE_BYTES, Bundle, sha256_file
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.inference import Source, is_bundle, open_to_verify, verified
@@ -325,7 +325,7 @@ def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Res
     return verified(path, len(bundle.manifest.files), checks)
 
 
-def build_on(device: Device, path: Path, target: str, out: Path | None, note: Note, *, threads: int = 1) -> Result:
+def build_on(device: Device, path: Path, job: BuildJob, out: Path | None, note: Note) -> Result:
     """`build_plan.build_bundle` on `device`: the completed bundle is brought back to `out`, by default in place.
 
     Raises:
@@ -333,9 +333,9 @@ def build_on(device: Device, path: Path, target: str, out: Path | None, note: No
         TargetUnavailable: see `Remote`.
     """
     bundle, goal = Bundle.open(path), out or path
-    bundle.artifact(target)
+    bundle.artifact(job.target)
     with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
-        found = replies.built(there.run(_contents(bundle), "build", {"target": target, "threads": threads}))
+        found = replies.built(there.run(_contents(bundle), "build", asdict(job)))
         archive = Path(work) / BUILT
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked

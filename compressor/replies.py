@@ -62,6 +62,8 @@ class _Built(_Strict):
     latency_ms: dict[str, Amount]
     reason: str
     candidates: list[dict[str, Any]]
+    batch: int
+    refused: dict[str, str]
     device: dict[str, Any]
 
 

@@ -78,10 +78,10 @@ def _verify(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from compressor.build_plan import build_bundle
+    from compressor.build_plan import BuildJob, build_bundle
 
     BUILT.unlink(missing_ok=True)  # Of a job that was cut
-    return build_bundle(BUNDLE, arguments["target"], BUILT, threads=arguments["threads"]).data
+    return build_bundle(BUNDLE, BuildJob(**arguments), BUILT).data
 
 
 def _race(arguments: Mapping[str, Any]) -> dict[str, Any]:

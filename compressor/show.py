@@ -113,11 +113,26 @@ def compressed(result: Json) -> list[Any]:
             f"{100 * c['npu_mac_share']:.0f} % of MACs on the accelerator, {len(c['cpu_ops'])} operations on the CPU"
         )
         lines.append(f"{c['name']}: {c['precision']}, {modelled} by {c['estimator']}; {share}")
-    lines += [f"{p['name']}: a build plan; next: vitrim build, on the device" for p in result["plans"]]
+    lines += [
+        f"{p['name']}: a build plan{_checked(p['checked'])}; next: vitrim build, on the device" for p in result["plans"]
+    ]
     return [
         *lines,
         f"Wrote {result['bundle']} in {sum(result['timings_s'].values()):.0f} s; next: vitrim report {result['bundle']}",
     ]
+
+
+def _checked(found: Json) -> str:
+    """What a builder without a device said of a plan, where there is one."""
+    made = found["engines"].values()
+    refused = [f"{precision} refused: {why}" for precision, why in found["refused"].items()]
+    if not made:
+        return f", not checked here ({next(iter(found['refused'].values()))})" if refused else ""
+    odd = sum(int(e.get(kind, 0)) for e in made for kind in ("foreign_types", "added_casts"))
+    first = next(iter(made))
+    said = f", built by {first.get('builder')} for {first.get('chip')} in {', '.join(found['engines'])}"
+    kept = "every layer of the type asked for" if not odd else f"{odd} layers or casts of another type than asked for"
+    return "; ".join([f"{said}; {kept}", *refused])
 
 
 def compared(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], warnings: Sequence[str]) -> list[Any]:

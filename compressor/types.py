@@ -50,11 +50,16 @@ __all__ = [
     "TensorSpec",
     "Verdict",
     "VitSpec",
+    "Width",
+    "largest",
     "latency_ms",
 ]
 
-Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6", "w4a4", "w8a32", "w4a32"]
-Bits = tuple[int, int]  # (weight bits, activation bits)
+Precision = Literal["fp32", "fp16", "bf16", "w8a8", "w8a16", "w4a8", "w6a6", "w4a4", "w8a32", "w4a32", "fp8"]
+Width = (
+    int | Literal["e4m3"]
+)  # bits of an integer, or the 8-bit float of 4 exponent and 3 mantissa bits, without infinity
+Bits = tuple[Width, Width]  # of weights, of activations
 
 PRECISION_BITS: Mapping[Precision, Bits] = {
     "w8a8": (8, 8),
@@ -64,11 +69,21 @@ PRECISION_BITS: Mapping[Precision, Bits] = {
     "w4a4": (4, 4),
     "w8a32": (8, 32),
     "w4a32": (4, 32),
+    "fp8": ("e4m3", "e4m3"),
 }
 WEIGHT_ONLY: tuple[Precision, ...] = ("w8a32", "w4a32")  # activations stay float32: asked for the size of the file
 
 
 # --------------------------------------------------------------------------- statistics and quantization
+
+
+def largest(width: Width) -> int:
+    """The largest number of a signed grid before scaling.
+
+    >>> largest(8), largest("e4m3")
+    (127, 448)
+    """
+    return 448 if isinstance(width, str) else (1 << (width - 1)) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +162,23 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """Affine integer grid ``x ~ scale * (q - zero_point)``; `axis` is the axis KEPT (None: one scale per tensor).
+    """Affine grid ``x ~ scale * (q - zero_point)``, q an integer or an 8-bit float; `axis` is the axis KEPT (None: one scale
+    per tensor).
 
     With `group`, a matrix (O, I) has a scale for every `group` neighbours of a row; a row's last group may be shorter.
     """
 
     scale: Array  # (), (axis length,), or (O, ceil(I / group)); float32, positive
     zero_point: int
-    bits: int
+    bits: Width
     axis: int | None = None
     group: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, str) and (self.zero_point or self.group is not None):
+            raise ConfigError(
+                f"QParams of {self.bits} must be symmetric without groups, got zero point {self.zero_point}, group {self.group}."
+            )
         if self.group is not None and not (self.group > 0 and self.axis == 0 and np.ndim(self.scale) == 2):
             raise ConfigError(
                 f"QParams.group must be positive, with axis 0 and scales (rows, groups), got {self.group}, "
@@ -169,13 +189,13 @@ class QParams:
 
     @property
     def qmin(self) -> int:
-        """Smallest integer of the signed grid, -2^(bits-1)."""
-        return -(1 << (self.bits - 1))
+        """Smallest number of the signed grid: -2^(bits-1), of an 8-bit float -448."""
+        return -largest(self.bits) - (0 if isinstance(self.bits, str) else 1)
 
     @property
     def qmax(self) -> int:
-        """Largest integer of the signed grid, 2^(bits-1) - 1."""
-        return (1 << (self.bits - 1)) - 1
+        """Largest number of the signed grid: 2^(bits-1) - 1, of an 8-bit float 448."""
+        return largest(self.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +205,8 @@ class Quantization:
     Weights are named as in `VitSpec.shapes` ("patch.weight", "blocks.0.q.weight", ...), sites as the taps of `compressor.vit`
     ("patch", "blocks.0.qkv", "blocks.0.proj", ...). A linear is executed in integers when its weight and its input site are
     both listed; with its weight alone, that is stored as integers and multiplied in float. Integers are
-    ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32.
+    ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32; 8-bit floats are the nearest ones, in
+    the same way, and never beyond the largest.
     """
 
     weights: Mapping[str, QParams]
@@ -208,7 +229,7 @@ class Capabilities:
     ] = ()  # no faster than w8a8 (in int8 on a coarser grid, or small files): only when asked for by name
     qkv: Literal["packed", "split"] = "split"
     attention: Literal["matmul", "fused"] = "matmul"
-    equal_heads: bool = False  # pad the narrower of q/k and v with zeros: fused attention kernels want one head width
+    equal_heads: bool = False  # pad q, k and v with zeros to one head width that fused attention kernels take
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
     patch: Literal["conv", "unshuffle", "halving"] = "conv"

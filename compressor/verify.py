@@ -13,9 +13,9 @@ from compressor.types import Array, Parity, Precision
 __all__ = ["AGREEMENT_FLOOR", "TOLERANCE", "accuracy", "check_parity", "parity", "tolerance"]
 
 # Largest |difference| allowed, as a share of the largest |logit|. fp32, also of activations alone: rounding of some thousand
-# float32 additions in another order. fp16: 11 bits of mantissa. bf16: 8. Integers: a different CPU rounds single activations to
-# the neighbouring step, and such flips accumulate over the blocks. Used for golden outputs, which must hold on another machine
-# of the same runtime.
+# float32 additions in another order. fp16: 11 bits of mantissa. bf16: 8. fp8: 4. Integers: a different CPU rounds single
+# activations to the neighbouring step, and such flips accumulate over the blocks. Used for golden outputs, which must hold on
+# another machine of the same runtime.
 TOLERANCE: Mapping[Precision, float] = {
     "fp32": 1e-3,
     "fp16": 2e-2,
@@ -27,6 +27,7 @@ TOLERANCE: Mapping[Precision, float] = {
     "w4a4": 5e-1,
     "w8a32": 1e-3,
     "w4a32": 1e-3,
+    "fp8": 2e-1,
 }
 
 # A built artifact whose top-1 classes agree less often than this with the model it was built from is broken, not imprecise.
@@ -41,6 +42,7 @@ AGREEMENT_FLOOR: Mapping[Precision, float] = {
     "w4a4": 0.2,
     "w8a32": 0.9,
     "w4a32": 0.7,
+    "fp8": 0.8,
 }
 
 

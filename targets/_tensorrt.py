@@ -1,12 +1,13 @@
 """What both TensorRT targets share: the strongly typed graph, and what became of it in the engine, layer by layer.
 
 TensorRT 11 accepts only strongly typed networks, and 10 and RTX accept them too, so there is one graph for all: the graph
-says every precision, the builder chooses nothing. fp16 and bf16 convert every weight and activation, w8a8 is symmetric
-int8 around the linear layers with fp16 everywhere else. Inputs and outputs stay float32.
+says every precision, the builder chooses nothing. fp16 and bf16 convert every weight and activation; w8a8 is symmetric
+int8, fp8 the 8-bit float e4m3, around the linear layers with fp16 everywhere else. Inputs and outputs stay float32.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections import Counter
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
-    "BATCHES",
     "CAPABILITIES",
     "Call",
     "EngineSession",
     "Layer",
+    "batch_shapes",
     "build_engine",
     "engine_layers",
     "findings",
+    "gpus",
     "here",
     "plan",
     "records",
@@ -43,14 +45,15 @@ __all__ = [
 Call = Callable[[str, Mapping[str, Any], Mapping[str, Array]], tuple[dict[str, Any], dict[str, Array]]]
 
 CAPABILITIES = Capabilities(
-    layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8"), equal_heads=True, zero_points=False
+    layout="tokens", opset=20, precisions=("fp32", "fp16", "bf16", "w8a8", "fp8"), equal_heads=True, zero_points=False
 )
-BATCHES = (1, 1, 64)  # least, tuned for, largest
-FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16"}  # of everything that is not an integer
-NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}  # engine's type -> ours
-EXPECTED = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "w8a8": "HALF"}  # parsed network's type of float layers
+LARGEST_BATCH = 64  # that an engine takes, unless it is tuned for a larger one
+FLOATS = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "w8a8": "FLOAT16", "fp8": "FLOAT16"}  # outside the quantized products
+NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}  # engine's type -> ours
+EXPECTED = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "w8a8": "HALF", "fp8": "HALF"}  # network's float layers
 FLOAT_TYPES = ("FLOAT", "HALF", "BF16")
 TYPED_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX", "ACTIVATION", "ELEMENTWISE", "SHUFFLE")
+FIRST_FP8 = 89  # compute capability 8.9, Ada; Ampere has no 8-bit floats
 PRODUCTS = ("gemm", "correlation", "runtime_fusion")
 
 
@@ -116,11 +119,13 @@ def plan(target: str, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     """A build plan: the strongly typed graph, and what to make of it. Needs no GPU and no vendor library.
 
     Raises:
-        ConfigError: the target does not build ``options.precision``, a grid is asymmetric, or a weight is beyond fp16's range.
+        ConfigError: the target does not build ``options.precision``, or the chip not fp8; a grid is asymmetric, or a weight is
+            beyond fp16's range.
     """
     import onnx_ir
 
     check_precision(target, CAPABILITIES, options)
+    check_fp8(target, options.precision, options.chip)
     for node in graph.graph:
         zero = node.inputs[2] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
         if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
@@ -139,26 +144,29 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
     """The engine that build plan `artifact` describes, and the builder's own account of it.
 
     Args:
-        artifact: what `plan` returned; other artifacts are refused.
+        artifact: what `plan` returned; other artifacts are refused. Its settings may name the ``batch`` to tune for, else 1.
         out_dir: receives ``NAME.engine`` and ``NAME.layers.json``.
         settings: ``package``, ``timing_cache`` and ``portable`` of the worker's `build`.
         call: runs a function of the worker.
 
     Raises:
         BundleError: `artifact` is no build plan, or its file was changed.
+        ConfigError: the chip has no fp8, which the plan asks for.
         TargetUnavailable: the library is missing, or it refused.
     """
     check_files(artifact)
     if artifact.settings.get("stage") != "plan":
         raise BundleError(f"{artifact.path}: artifact must be a build plan, got an engine.", hint="Use it as it is.")
+    check_fp8(artifact.target, artifact.precision, artifact.settings["chip"])
     out_dir.mkdir(parents=True, exist_ok=True)
     path, source = out_dir / f"{artifact.path.stem}.engine", artifact.inputs[0]
-    shapes = [[batch if size == -1 else size for size in source.shape] for batch in BATCHES]
+    shapes = batch_shapes(source.shape, int(artifact.settings.get("batch", "1")))
     given = {"onnx": str(artifact.path), "engine": str(path), "input": source.name, "shapes": shapes}
     built, _ = call("build", {**given, "chip": artifact.settings["chip"], **settings}, {})
     layers = path.with_suffix(".layers.json")
     layers.write_text(json.dumps(built, indent=1), encoding="utf-8")
     told = {"stage": "engine", "chip": artifact.settings["chip"], "version": built["version"]}
+    told["batch"] = artifact.settings.get("batch", "1")
     files = (path, layers)
     return replace(
         artifact,
@@ -168,6 +176,26 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
         settings=told | findings(built, artifact.precision),
         files=files,
     )
+
+
+def batch_shapes(shape: tuple[int, ...], batch: int) -> list[list[int]]:
+    """Least, tuned for and largest shape of an input (-1, ...).
+
+    >>> batch_shapes((-1, 3, 224, 224), 8)
+    [[1, 3, 224, 224], [8, 3, 224, 224], [64, 3, 224, 224]]
+    """
+    return [[n if size == -1 else size for size in shape] for n in (1, batch, max(batch, LARGEST_BATCH))]
+
+
+def check_fp8(target: str, precision: Precision, chip: str) -> None:
+    """Raises ConfigError when fp8 is asked for on a chip that has none: below SM89, or "ampere+"."""
+    number = chip.removeprefix("SM")
+    below = chip == "ampere+" or (number.isdigit() and int(number) < FIRST_FP8)
+    if precision == "fp8" and below:
+        raise ConfigError(
+            f"The chip of target {target!r} must be SM{FIRST_FP8} or later for fp8, got {chip!r}.",
+            hint="Ada, Hopper, Blackwell and Thor have 8-bit floats; on other chips take w8a8 or fp16.",
+        )
 
 
 class EngineSession:
@@ -191,6 +219,17 @@ class EngineSession:
     def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
         """Kernels under the names of the graph's nodes, median time of a few profiled runs."""
         return records(self._artifact, self._call("profile", self._arguments, inputs)[0]["times"])
+
+
+def gpus() -> int:
+    """How many GPUs the CUDA driver finds on this machine; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    done = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if done else 0
 
 
 def here(target: str, fix: str) -> Call:
@@ -268,18 +307,19 @@ def findings(built: Mapping[str, Any], precision: Precision) -> dict[str, str]:
 
     Returns:
         ``products`` matrix products by the type they read; ``fused_attention`` blocks whose attention is one kernel;
-        ``foreign_types`` layers of the parsed network in another float type than asked for; ``added_casts`` float casts
-        that are not ours; ``conversions`` kernels that only convert; ``kernels`` in all.
+        ``typed_layers`` of the parsed network that compute in floats, ``foreign_types`` those in another than asked for;
+        ``added_casts`` float casts that are not ours; ``conversions`` kernels that only convert; ``kernels`` in all.
     """
     layers, network = engine_layers(built["layers"]), built["network"]
     wanted = EXPECTED[precision]
-    foreign = [n for n, kind, out in network if kind in TYPED_LAYERS and out in FLOAT_TYPES and out != wanted]
+    types = [out for _, kind, out in network if kind in TYPED_LAYERS and out in FLOAT_TYPES]
     casts = [n for n, kind, out in network if kind == "CAST" and out in FLOAT_TYPES and not n.endswith(".cast")]
     products = Counter(layer.precision for layer in layers if layer.multiplies)
     return {
         "products": ", ".join(f"{count} {name}" for name, count in sorted(products.items())),
         "fused_attention": str(sum(layer.fused_attention for layer in layers)),
-        "foreign_types": str(len(foreign)),
+        "typed_layers": str(len(types)),
+        "foreign_types": str(sum(out != wanted for out in types)),
         "added_casts": str(len(casts)),
         "conversions": str(sum(layer.only_converts for layer in layers)),
         "kernels": str(len(layers)),

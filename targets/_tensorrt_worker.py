@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -109,16 +110,27 @@ def configure(builder: Any, arguments: dict[str, Any]) -> Any:
     if arguments["portable"] == "version":
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if arguments["timing_cache"]:
-        path = Path(arguments["timing_cache"])
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        reuse_timings(config, Path(arguments["timing_cache"]))
     return config
+
+
+def reuse_timings(config: Any, path: Path) -> None:
+    """Start from the timings in file `path`; from none where they are another release's or another GPU's."""
+    if path.is_file():
+        known = config.create_timing_cache(path.read_bytes())
+        if known is not None and config.set_timing_cache(known, ignore_mismatch=False):
+            return
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def keep_timings(config: Any, arguments: dict[str, Any]) -> None:
     """What the builder measured, stored for the next build."""
     if arguments["package"] != RTX and arguments["timing_cache"]:
-        Path(arguments["timing_cache"]).write_bytes(bytes(config.get_timing_cache().serialize()))
+        path = Path(arguments["timing_cache"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(bytes(config.get_timing_cache().serialize()))
+        fresh.replace(path)
 
 
 def describe(layer: Any) -> list[str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     import onnx_ir
     import onnxruntime
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "open"]
+__all__ = ["CAPABILITIES", "CPU", "NAME", "OrtSession", "Provider", "available", "build", "open", "write"]
+
+Provider = tuple[str, Mapping[str, str]]  # ONNX Runtime's name of it, and its options
 
 NAME = "ort"
 CAPABILITIES = Capabilities(
@@ -36,6 +39,7 @@ CAPABILITIES = Capabilities(
     patch="unshuffle",
     qdq="integer_ops",
 )
+CPU: Provider = ("CPUExecutionProvider", {})
 PROFILED_RUNS = 5
 FIX = "pip install onnxruntime"
 
@@ -55,13 +59,18 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     Raises:
         ConfigError: ONNX Runtime does not run ``options.precision``.
     """
+    check_precision(NAME, CAPABILITIES, options)
+    return write(NAME, graph, options, {})
+
+
+def write(target: str, graph: onnx_ir.Model, options: BuildOptions, settings: Mapping[str, str]) -> Artifact:
+    """`graph` as one ``.onnx`` file under ``options.out_dir``, an artifact of `target`."""
     import onnx_ir
 
-    check_precision(NAME, CAPABILITIES, options)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     path = options.out_dir / f"{options.name}.onnx"
     path.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
-    return describe(NAME, graph, options, (path,), {})
+    return describe(target, graph, options, (path,), settings)
 
 
 def open(artifact: Artifact, threads: int = 1) -> OrtSession:
@@ -78,12 +87,13 @@ def open(artifact: Artifact, threads: int = 1) -> OrtSession:
 
 
 class OrtSession:
-    """An `onnxruntime.InferenceSession` with exactly the threads asked for."""
+    """An `onnxruntime.InferenceSession` with exactly the threads, and on exactly the providers, asked for."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int, providers: Sequence[Provider] = (CPU,)) -> None:
         self._artifact = artifact
         self._threads = threads
-        self._session = _load(artifact.path, _options(artifact, threads))
+        self._providers = providers
+        self._session = self._load(self._options())
         self._outputs = [spec.name for spec in artifact.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -93,41 +103,47 @@ class OrtSession:
     def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
         """Nodes as executed after ONNX Runtime's own fusions, median time of a few profiled runs."""
         with tempfile.TemporaryDirectory() as folder:
-            options = _options(self._artifact, self._threads)
+            options = self._options()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _load(self._artifact.path, options)
+            session = self._load(options)
             for _ in range(PROFILED_RUNS + 1):
                 session.run(self._outputs, dict(inputs))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _records(events)
 
+    def _options(self) -> onnxruntime.SessionOptions:
+        import onnxruntime
 
-def _options(artifact: Artifact, threads: int) -> onnxruntime.SessionOptions:
-    import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # no busy waiting between two runs
+        if self._artifact.precision in WEIGHT_ONLY:
+            options.add_session_config_entry(
+                "session.disable_quant_qdq", "1"
+            )  # constants are unpacked, then, not fused
+        if CPU not in self._providers:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an error, never a slow node
+        options.log_severity_level = 3  # errors only: they are raised, nothing else is printed
+        return options
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # no busy waiting between two runs
-    if artifact.precision in WEIGHT_ONLY:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # constants are unpacked, then, not fused
-    options.log_severity_level = 3  # errors only: they are raised, nothing else is printed
-    return options
+    def _load(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-
-def _load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    refusals = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except refusals as error:
-        raise BundleError(
-            f"{path}: must be a model ONNX Runtime accepts, got: {error}.", hint="Build it again."
-        ) from error
+        path, providers = self._artifact.path, [(name, dict(given)) for name, given in self._providers]
+        bad_model = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
+        bad_provider = (state.EPFail, RuntimeError)  # one that cannot be started
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a provider that is not there; without the fallback it is an error
+                return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        except (*bad_model, *bad_provider) as error:
+            raise BundleError(
+                f"{path}: must be a model ONNX Runtime accepts, got: {error}.", hint="Build it again."
+            ) from error
 
 
 def _records(events: list[dict[str, Any]]) -> tuple[OpRecord, ...]:

@@ -6,51 +6,75 @@ TensorRT's builder times kernels on the GPU it builds for, and its libraries com
 
 from __future__ import annotations
 
+import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.types import Artifact, Availability, BuildOptions
-from targets import _tensorrt
+from targets import _tensorrt, trt_rtx
+from targets._artifacts import check_chip
 from targets._tensorrt import CAPABILITIES, EngineSession
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "available", "build", "build_engine", "open", "plan"]
+__all__ = ["CAPABILITIES", "NAME", "available", "build", "build_engine", "check", "open", "plan"]
 
 NAME = "tensorrt"
 PACKAGE = "tensorrt"
+PORTABLE = {"ampere+": "hardware", "version+": "version"}
 FIX = "On the machine with the GPU: pip install 'vitrim[tensorrt]' (Jetson: TensorRT comes with JetPack)"
 
 
 def available() -> Availability:
-    """Whether TensorRT can be imported; without it there are still build plans."""
+    """Whether TensorRT can be imported, and runs: has a GPU here. Without it there are still build plans."""
     if find_spec(PACKAGE) is None:
         return Availability(available=False, reason="tensorrt is not installed", fix=FIX)
     import tensorrt
 
-    return Availability(available=True, version=tensorrt.__version__)
+    return Availability(available=True, version=tensorrt.__version__, runs=_tensorrt.gpus() > 0)
 
 
 def plan(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
-    """The strongly typed graph under ``options.out_dir``, to be made an engine by `build_engine`; needs no vendor library."""
+    """The strongly typed graph under ``options.out_dir``, to be made an engine by `build_engine`; needs no vendor library.
+
+    Raises:
+        ConfigError: the chip is neither empty, "ampere+" nor "version+", or see `targets._tensorrt.plan`.
+    """
+    portable(options.chip)
     return _tensorrt.plan(NAME, graph, options)
+
+
+def check(artifact: Artifact, chip: str = "") -> dict[str, str]:
+    """What build plan `artifact` becomes for RTX chip `chip`, by TensorRT-RTX, whose parser is the same: see `trt_rtx.check`."""
+    return trt_rtx.check(artifact, chip)
 
 
 def build_engine(artifact: Artifact, out_dir: Path) -> Artifact:
     """The engine of build plan `artifact` for the GPU of this machine.
 
-    Kernel timings are kept in ``out_dir / "timings.cache"`` and reused. A plan whose chip is "ampere+" makes an engine for
-    every GPU from Ampere on, "version+" one that later TensorRT releases load too; both cost speed.
+    Kernel timings are kept in `timings` and reused. A plan whose chip is "ampere+" makes an engine for every GPU from Ampere
+    on, "version+" one that later TensorRT releases load too; both cost speed.
 
     Raises:
+        ConfigError: the chip is neither empty, "ampere+" nor "version+".
         TargetUnavailable: TensorRT is not installed, or refused.
     """
-    portable = {"ampere+": "hardware", "version+": "version"}.get(artifact.settings.get("chip", ""), "")
-    settings = {"package": PACKAGE, "timing_cache": str(out_dir / "timings.cache"), "portable": portable}
+    chip = artifact.settings.get("chip", "")
+    settings = {"package": PACKAGE, "timing_cache": str(timings()), "portable": portable(chip)}
     return _tensorrt.build_engine(artifact, out_dir, settings, _tensorrt.here(NAME, FIX))
+
+
+def portable(chip: str) -> str:
+    """How portable an engine for `chip` is: "" (this GPU and release only), "hardware" or "version"."""
+    return PORTABLE[check_chip(NAME, PORTABLE, chip)] if chip else ""
+
+
+def timings() -> Path:
+    """``$XDG_CACHE_HOME/vitrim/tensorrt.timings``, by default in ``~/.cache``: how long kernels took in earlier builds."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrim" / "tensorrt.timings"
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:

@@ -22,7 +22,7 @@ from targets._tensorrt import CAPABILITIES, EngineSession
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["CAPABILITIES", "NAME", "RECIPE", "available", "build", "build_engine", "install", "open", "plan"]
+__all__ = ["CAPABILITIES", "NAME", "RECIPE", "available", "build", "build_engine", "check", "install", "open", "plan"]
 
 NAME = "tensorrt-rtx"
 PACKAGE = "tensorrt_rtx_bindings"
@@ -37,13 +37,14 @@ RECIPE = _venv.Recipe(
     package="tensorrt_rtx_cu12_bindings",
 )
 FIX = f"On the machine with the GPU: pip install --no-deps {' '.join(WHEELS)}"
+CHECKED = "SM89"  # has every precision; the first chip that has
 WORKER = Path(__file__).with_name("_tensorrt_worker.py")
 
 
 def available() -> Availability:
     """Whether engines can be built here: the package is installed, or its environment is, which runs nothing."""
     if find_spec(PACKAGE) is not None:
-        return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"))
+        return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"), runs=_tensorrt.gpus() > 0)
     return replace(_venv.availability(RECIPE), runs=False)
 
 
@@ -73,6 +74,22 @@ def build_engine(artifact: Artifact, out_dir: Path) -> Artifact:
     out_dir.mkdir(parents=True, exist_ok=True)
     with _venv.Worker(RECIPE, WORKER, out_dir / f"{artifact.path.stem}.log") as worker:
         return _tensorrt.build_engine(artifact, out_dir.resolve(), settings, worker.call)
+
+
+def check(artifact: Artifact, chip: str = "") -> dict[str, str]:
+    """What build plan `artifact` becomes for `chip`, by default SM89; the engine is thrown away.
+
+    Returns:
+        ``builder``, ``chip``, and `targets._tensorrt.findings`.
+
+    Raises:
+        TargetUnavailable: TensorRT-RTX is not installed, or refused.
+    """
+    chip = chip or CHECKED
+    with tempfile.TemporaryDirectory(prefix="vitrim-") as folder:
+        made = build_engine(replace(artifact, settings={**artifact.settings, "chip": chip}), Path(folder))
+        found = {name: value for name, value in made.settings.items() if name not in ("stage", "version", "batch")}
+    return {"builder": f"{NAME} {made.settings['version']}", **found}
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from compressor.types import BlockSpec, Model, Preprocess, QParams, Quantization, VitSpec
+from compressor.types import BlockSpec, Model, Preprocess, QParams, Quantization, VitSpec, Width, largest
 from compressor.vit import to_torch
 
 BASE = VitSpec((16, 16), (4, 4), 3, 24, (BlockSpec(2, 6, 8, 20), BlockSpec(3, 4, 5, 28)), num_classes=7)
@@ -75,8 +75,8 @@ def linear_sites(spec: VitSpec) -> dict[str, str]:
     return table
 
 
-def minmax(model: Model, pixels: np.ndarray) -> Quantization:
-    """Symmetric int8 grids that reach the largest value seen: per tensor, and per output channel for weights."""
+def minmax(model: Model, pixels: np.ndarray, width: Width = 8) -> Quantization:
+    """Symmetric grids that reach the largest value seen: per tensor, and per output channel for weights."""
     amax: dict[str, float] = {}
 
     def tap(site: str, x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +86,7 @@ def minmax(model: Model, pixels: np.ndarray) -> Quantization:
     with torch.inference_mode():
         to_torch(model)(torch.from_numpy(pixels), tap)
     sites = linear_sites(model.spec)
-    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / 127 for n in sites}
-    weights = {name: QParams(s.astype(np.float32), 0, 8, axis=0) for name, s in scale.items()}
-    return Quantization(weights, {s: QParams(np.float32(amax[s] / 127), 0, 8) for s in sites.values()})
+    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / largest(width) for n in sites}
+    weights = {name: QParams(s.astype(np.float32), 0, width, axis=0) for name, s in scale.items()}
+    grids = {s: QParams(np.float32(amax[s] / largest(width)), 0, width) for s in sites.values()}
+    return Quantization(weights, grids, "w8a8" if width == 8 else "fp8")

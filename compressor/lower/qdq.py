@@ -6,7 +6,8 @@ integers, biases stay float. The arithmetic of every form is the same up to floa
     y = sx * sw * sum (qx - zx) qw + b,   qx = clip(round(x / sx) + zx),   qw = clip(round(w / sw)),   half to even
 
 ``linear_inputs``  QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight)) -> Add: the common form
-                   of runtimes that fuse QDQ. Symmetric int8 activations, int8 weights per output channel, no bias QDQ.
+                   of runtimes that fuse QDQ. Symmetric int8 activations, int8 weights per output channel, no bias QDQ;
+                   or both as 8-bit floats (FLOAT8E4M3FN).
 ``integer_ops``    QuantizeLinear -> com.microsoft MatMulIntegerToFloat: ONNX Runtime's own int8 operator, so that no
                    optimizer has to recognize anything. Activations are stored as uint8 with the zero point moved by
                    128, because ONNX Runtime's x86 kernels multiply unsigned by signed; the real values are the same.
@@ -30,19 +31,19 @@ from numpy.typing import NDArray
 
 from compressor.errors import ConfigError
 from compressor.lower.graph import CONTRIB, GraphBuilder
-from compressor.types import Capabilities, QParams, Quantization
+from compressor.types import Capabilities, QParams, Quantization, Width, largest
 
-__all__ = ["Linears", "columns", "opset", "weight_integers"]
+__all__ = ["Linears", "columns", "opset", "storage", "weight_integers"]
 
 Array = NDArray[Any]
-STORAGE = {8: np.int8, 16: np.int16}
+FLOAT8 = ir.DataType.FLOAT8E4M3FN.numpy()
 NARROW = ir.DataType.INT4.numpy()  # two in a byte of the file
 NARROW_OPSET = 21  # of 4-bit integers and of scales in blocks
 STRIP = 16  # rows: a cache line of float32 in the transposed matrix
 
 
 def weight_integers(weight: Array, params: QParams) -> Array:
-    """int8 integers, of `weight`'s shape, nearest to ``weight / scale`` on the grid; `params.axis` is the axis kept.
+    """int8 or float8 numbers, of `weight`'s shape, nearest to ``weight / scale`` on the grid; `params.axis` is the axis kept.
 
     >>> weight_integers(np.array([[0.5, -3.0]], np.float32), QParams(np.array([0.5], np.float32), 0, 8, axis=0))
     array([[ 1, -6]], dtype=int8)
@@ -52,7 +53,20 @@ def weight_integers(weight: Array, params: QParams) -> Array:
         scale = np.repeat(scale, params.group, axis=1)[:, : weight[0].size].reshape(weight.shape)
     elif params.axis is not None:
         scale = scale.reshape([-1 if axis == params.axis else 1 for axis in range(weight.ndim)])
+    if isinstance(params.bits, str):
+        return np.clip(weight / scale, params.qmin, params.qmax).astype(FLOAT8)
     return np.clip(np.rint(weight / scale), params.qmin, params.qmax).astype(np.int8)
+
+
+def storage(width: Width) -> np.dtype[Any]:
+    """The type that holds the numbers of an activation grid, or of a symmetric weight grid without groups.
+
+    >>> storage(4), storage(16)
+    (dtype('int8'), dtype('int16'))
+    """
+    if isinstance(width, str):
+        return np.dtype(FLOAT8)
+    return np.dtype(np.int8 if width <= 8 else np.int16)
 
 
 def opset(capabilities: Capabilities, quantization: Quantization | None) -> int:
@@ -107,6 +121,10 @@ class Linears:
             raise ConfigError(
                 f"Capabilities.qdq of a quantized graph must be linear_inputs or integer_ops, got {self._style!r}."
             )
+        if self._plan.precision == "fp8" and self._style != "linear_inputs":
+            raise ConfigError(
+                f"Capabilities.qdq of a graph with 8-bit floats must be linear_inputs, got {self._style!r}."
+            )
 
     def quantized(self, site: str, *names: str) -> bool:
         """Whether the linears `names`, all reading `site`, are executed in integers."""
@@ -128,7 +146,7 @@ class Linears:
         g, params = self._graph, self._plan.activations[site]
         if params.axis is not None:
             raise ConfigError(f"Activation grid of {site!r} must be per tensor, got axis {params.axis}.")
-        if params.bits < 8:  # narrower than its storage: saturate explicitly
+        if isinstance(params.bits, int) and params.bits < 8:  # narrower than its storage: saturate explicitly
             low, high = ((q - params.zero_point) * float(params.scale) for q in (params.qmin, params.qmax))
             x = g.op(f"{x.name}.clip", "Clip", x, g.floats(f"{site}.low", low), g.floats(f"{site}.high", high))
         grid = self._grid(site, params)
@@ -179,7 +197,8 @@ class Linears:
         return g.op(f"{name}.matmul", "MatMulIntegerToFloat", *inputs, *biased, domain=CONTRIB)
 
     def _dequantized(self, name: str, parts: tuple[str, ...]) -> ir.Value:
-        return self._dequantize(name, self._matrix(name, parts, self._integers, np.dtype(np.int8)), parts, axis=1)
+        dtype = storage(self._plan.weights[f"{parts[0]}.weight"].bits)
+        return self._dequantize(name, self._matrix(name, parts, self._integers, dtype), parts, axis=1)
 
     def _unpacked(self, name: str, parts: tuple[str, ...]) -> ir.Value:
         """The float matrix (in, out) of the linears `parts`, from the fewest bytes that hold its integers."""
@@ -189,7 +208,7 @@ class Linears:
             return g.op(
                 node, "DequantizeLinear", integers, g.constant(f"{name}.weight.scale", self._scales(parts)), axis=1
             )
-        dtype = NARROW if params.bits <= 4 else np.dtype(np.int8)
+        dtype = NARROW if largest(params.bits) <= 7 else np.dtype(np.int8)
         integers = self._matrix(name, parts, self._integers, dtype, params.group)
         scales = [self._plan.weights[f"{part}.weight"].scale for part in parts]
         scale = g.constant(f"{name}.weight.scale", np.concatenate(scales).T.astype(np.float32))
@@ -199,13 +218,14 @@ class Linears:
 
     def _dequantize(self, name: str, integers: ir.Value, parts: tuple[str, ...], axis: int) -> ir.Value:
         g, scales = self._graph, self._scales(parts)
-        zero = g.constant(f"{name}.weight.zero", np.zeros(scales.shape, dtype=np.int8))
+        assert integers.dtype is not None
+        zero = g.constant(f"{name}.weight.zero", np.zeros(scales.shape, dtype=integers.dtype.numpy()))
         scale = g.constant(f"{name}.weight.scale", scales)
         return g.op(f"{name}.weight.dequantize", "DequantizeLinear", integers, scale, zero, axis=axis)
 
     def _grid(self, site: str, params: QParams) -> tuple[ir.Value, ir.Value]:
         """Scale and zero point of an activation site; its dtype is that of the stored integers."""
-        zero = np.asarray(params.zero_point, dtype=STORAGE[16 if params.bits > 8 else 8])
+        zero = np.asarray(params.zero_point, dtype=storage(params.bits))
         if self._style == "integer_ops":
             zero = np.asarray(params.zero_point + 128, dtype=np.uint8)
         scale = np.asarray(params.scale, dtype=np.float32)

@@ -141,14 +141,14 @@ class _Tokens:
         k = g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2))  # (B, H, D, T)
         scores = g.op(f"{name}.scores", "MatMul", q, k)
         o = g.op(f"{name}.values", "MatMul", g.op(f"{name}.softmax", "Softmax", scores, axis=3), v)
-        if self.form.equal_heads and block.v_dim < block.qk_dim:
+        if self.form.equal_heads and block.v_dim < _head_width(block):
             o = g.slice(f"{name}.values.cut", o, 3, 0, block.v_dim)
         o = g.op(f"{name}.heads.transpose", "Transpose", o, perm=(0, 2, 1, 3))
         return g.reshape(f"{name}.heads", o, (rows, block.heads * block.v_dim))
 
     def _widened(self, x: ir.Value, width: int, block: BlockSpec) -> ir.Value:
-        """(B, H, T, width) -> (B, H, T, the larger of q/k's and v's width), zeros behind."""
-        missing = max(block.qk_dim, block.v_dim) - width
+        """(B, H, T, width) -> (B, H, T, `_head_width`), zeros behind."""
+        missing = _head_width(block) - width
         if not missing:
             return x
         return self.graph.op(f"{x.name}.pad", "Pad", x, self.graph.ints(f"{x.name}.pads", [0] * 7 + [missing]))
@@ -231,3 +231,8 @@ class _Tokens:
         if g.opset >= 18:
             return g.op(name, "ReduceMean", x, g.ints(f"{name}.axes", [1]), keepdims=0)
         return g.op(name, "ReduceMean", x, axes=(1,), keepdims=0)
+
+
+def _head_width(block: BlockSpec) -> int:
+    """Of q, k and v alike, where kernels want that: the larger of the two, to the next multiple of 8, and not below 16."""
+    return -(-max(block.qk_dim, block.v_dim, 16) // 8) * 8

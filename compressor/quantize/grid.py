@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ConfigError
-from compressor.types import Array, QParams
+from compressor.types import Array, QParams, Width, largest
 
-__all__ = ["affine", "dequantize", "fake_quant", "fake_quant_torch", "per_channel", "quantize", "symmetric"]
+__all__ = ["affine", "dequantize", "fake_quant", "fake_quant_torch", "per_channel", "quantize", "rounded", "symmetric"]
 
 SMALLEST_SCALE = 2.0**-100  # float32-normal with room for scale products; a tensor of zeros gets scale 1 instead
 
 
-def symmetric(amax: Array | float, bits: int, axis: int | None = None, group: int | None = None) -> QParams:
-    """The symmetric grid whose largest integer represents `amax`; zeros get scale 1.
+def symmetric(amax: Array | float, bits: Width, axis: int | None = None, group: int | None = None) -> QParams:
+    """The symmetric grid whose largest number represents `amax`; zeros get scale 1.
 
     >>> symmetric(12.7, 8).scale
     array(0.1, dtype=float32)
@@ -30,7 +30,7 @@ def symmetric(amax: Array | float, bits: int, axis: int | None = None, group: in
     amax = np.asarray(amax, dtype=np.float64)
     if not (np.isfinite(amax).all() and (amax >= 0).all()):
         raise ConfigError(f"quantize: amax must be finite and not negative, got {amax}.")
-    scale = np.where(amax > 0, np.maximum(amax / (2 ** (bits - 1) - 1), SMALLEST_SCALE), 1.0)
+    scale = np.where(amax > 0, np.maximum(amax / largest(bits), SMALLEST_SCALE), 1.0)
     return QParams(scale.astype(np.float32), 0, bits, axis, group)
 
 
@@ -63,15 +63,26 @@ def per_channel(q: QParams, shape: Sequence[int]) -> Array:
     return q.scale.reshape([-1 if i == q.axis else 1 for i in range(len(shape))])
 
 
+def rounded(u: Tensor) -> Tensor:
+    """The 8-bit floats (e4m3) nearest to `u`, half to even and never beyond the largest, in the type of `u`.
+
+    >>> rounded(torch.tensor([0.3, -17.0, 1e4])).tolist()
+    [0.3125, -16.0, 448.0]
+    """
+    return u.clamp(-largest("e4m3"), largest("e4m3")).to(torch.float8_e4m3fn).to(u.dtype)
+
+
 def quantize(x: Array, q: QParams) -> Array:
-    """Integers of `x` on the grid, same shape, int32."""
+    """Numbers of the grid for `x`, same shape: int32, or float32 that are 8-bit floats."""
     x = np.asarray(x, dtype=np.float32)
+    if isinstance(q.bits, str):
+        return np.asarray(rounded(torch.from_numpy(x / per_channel(q, x.shape))))
     integers = np.rint(x / per_channel(q, x.shape)) + np.float32(q.zero_point)
     return np.clip(integers, q.qmin, q.qmax).astype(np.int32)
 
 
 def dequantize(integers: Array, q: QParams) -> Array:
-    """float32 values of the integers, same shape."""
+    """float32 values of the grid's numbers, same shape."""
     return (integers - q.zero_point).astype(np.float32) * per_channel(q, integers.shape)
 
 
@@ -83,5 +94,7 @@ def fake_quant(x: Array, q: QParams) -> Array:
 def fake_quant_torch(x: Tensor, q: QParams) -> Tensor:
     """The same as `fake_quant` on a float32 tensor, bit for bit."""
     scale = torch.from_numpy(np.asarray(per_channel(q, x.shape), dtype=np.float32)).to(x.device)
+    if isinstance(q.bits, str):
+        return rounded(x / scale) * scale
     centred = torch.clamp(torch.round(x / scale), q.qmin - q.zero_point, q.qmax - q.zero_point)
     return centred * scale

@@ -26,6 +26,8 @@ from compressor.types import (
     Quantization,
     Statistics,
     VitSpec,
+    Width,
+    largest,
 )
 
 __all__ = ["QuantizeConfig", "activation_grid", "for_target", "linears", "quantize", "weight_grid"]
@@ -76,7 +78,11 @@ class QuantizeConfig:
 
 
 def for_target(capabilities: Capabilities, precision: Precision) -> QuantizeConfig:
-    """What a target runs at full speed: a zero point behind the GELU and at the pixels, where integers take one."""
+    """What a target runs at full speed: a zero point behind the GELU and at the pixels, where integers take one; 8-bit floats
+    in matrix products only, not in convolutions.
+    """
+    if precision == "fp8":
+        return QuantizeConfig(precision, skip=("patch.weight",) if capabilities.patch == "conv" else ())
     return QuantizeConfig(precision, asymmetric=("fc2", "patch") if capabilities.zero_points else ())
 
 
@@ -130,14 +136,17 @@ def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantiz
     return Quantization(weights, activations, config.precision)
 
 
-def activation_grid(histogram: Histogram, bits: int, search: Search = golden, *, asymmetric: bool = False) -> QParams:
+def activation_grid(histogram: Histogram, bits: Width, search: Search = golden, *, asymmetric: bool = False) -> QParams:
     """The per-tensor grid with the least expected squared error; with a zero point only where that is better.
 
+    An 8-bit float represents the largest value seen: its error is relative, so there is nothing to gain by clipping.
     The asymmetric grid keeps every negative value, which suits what follows a GELU, and searches the positive end.
     """
     if not histogram.amax > 0:
         return symmetric(0.0, bits)
-    steps = 2 ** (bits - 1) - 1
+    if isinstance(bits, str):
+        return symmetric(histogram.amax, bits)
+    steps = largest(bits)
     even = search(histogram_error(histogram, bits), np.asarray([histogram.amax / steps]))
     if asymmetric:
         low, levels = histogram.negative, 2**bits - 1
@@ -148,13 +157,15 @@ def activation_grid(histogram: Histogram, bits: int, search: Search = golden, *,
 
 
 def weight_grid(
-    weight: Array, bits: int, search: Search = golden, energy: Array | None = None, group: int | None = None
+    weight: Array, bits: Width, search: Search = golden, energy: Array | None = None, group: int | None = None
 ) -> QParams:
     """Symmetric grids, one per output channel of `weight` (O, ...), with the least error under input `energy` (I,).
 
-    With `group`, one per output channel and `group` neighbouring inputs.
+    With `group`, one per output channel and `group` neighbouring inputs. 8-bit floats represent each channel's largest weight.
     """
-    rows, steps = weight.reshape(len(weight), -1), 2 ** (bits - 1) - 1
+    if isinstance(bits, str):
+        return symmetric(np.abs(weight.reshape(len(weight), -1)).max(axis=1), bits, axis=0)
+    rows, steps = weight.reshape(len(weight), -1), largest(bits)
     width = group or rows.shape[1]
     reach = []
     for start in range(0, rows.shape[1], width):

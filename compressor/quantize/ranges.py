@@ -8,7 +8,7 @@ import numpy as np
 
 from compressor.quantize.grid import affine, fake_quant, symmetric
 from compressor.quantize.search import Search
-from compressor.types import Array, QParams
+from compressor.types import Array, QParams, Width
 
 __all__ = ["fit_grid", "sample_rows"]
 
@@ -32,7 +32,7 @@ def sample_rows(rows: Array, weight: Array, outputs: int) -> Array:
     return np.asarray(rows[np.minimum(picks, len(rows) - 1)])
 
 
-def fit_grid(rows: Array, bits: int, weight: Array, search: Search, *, asymmetric: bool) -> QParams:
+def fit_grid(rows: Array, bits: Width, weight: Array, search: Search, *, asymmetric: bool) -> QParams:
     """The per-tensor grid with the least error E |W (x - Q(x))|^2 over sampled inputs.
 
     With `asymmetric` the two ends of the range are searched in turn, and the result is kept only where it beats the
@@ -57,7 +57,7 @@ def fit_grid(rows: Array, bits: int, weight: Array, search: Search, *, asymmetri
     if not high > low:
         return symmetric(0.0, bits)
     even = symmetric(best(lambda v: symmetric(v, bits), max(high, -low)), bits)
-    if not asymmetric:
+    if not asymmetric or isinstance(bits, str):
         return even
     top = best(lambda v: affine(low, v, bits), high) if high > 0 else 0.0
     bottom = -best(lambda v: affine(-v, top, bits), -low) if low < 0 else 0.0

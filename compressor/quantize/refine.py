@@ -31,7 +31,7 @@ from compressor.quantize.plan import QuantizeConfig, weight_grid
 from compressor.quantize.ranges import fit_grid, sample_rows
 from compressor.quantize.regression import Fit, Regression
 from compressor.quantize.rounding import Rounding, second_order
-from compressor.types import PRECISION_BITS, Array, Model, QParams, Quantization
+from compressor.types import PRECISION_BITS, Array, Model, QParams, Quantization, Width
 from compressor.vit import Block, Tap, VisionTransformer, to_torch
 
 __all__ = ["LayerReport", "RefineConfig", "Refined", "refine"]
@@ -253,7 +253,7 @@ class _Walk:
         assert sums is not None
         return sums
 
-    def _install(self, name: str, fit: Fit, *, inner: bool, bits: int | None) -> None:
+    def _install(self, name: str, fit: Fit, *, inner: bool, bits: Width | None) -> None:
         """Put the refitted, rounded weights of one linear into the module."""
         linear = self.module.get_submodule(name)
         assert isinstance(linear, nn.Linear | nn.Conv2d) and linear.bias is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.linalg import damped_factor
-from compressor.quantize.grid import per_channel
+from compressor.quantize.grid import per_channel, rounded
 from compressor.types import QParams
 
 __all__ = ["Rounding", "nearest", "second_order"]
@@ -76,7 +76,8 @@ def _scale(weight: Tensor, q: QParams) -> Tensor:
 
 
 def _to_grid(weight: Tensor, scale: Tensor, q: QParams) -> Tensor:
-    return torch.clamp(torch.round(weight / scale), q.qmin, q.qmax) * scale
+    steps = weight / scale
+    return scale * (rounded(steps) if isinstance(q.bits, str) else torch.clamp(torch.round(steps), q.qmin, q.qmax))
 
 
 def _error(difference: Tensor, gram: Tensor) -> Tensor:

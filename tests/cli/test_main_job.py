@@ -217,7 +217,18 @@ def test_a_target_that_is_completed_on_the_device_gets_a_build_plan(tmp_path, ca
     arguments = ("--precision", "fp32", "--calib-size", 32, "--target", "ort", "--target", "tensorrt")
     done = vitrim("compress", "demo", *arguments, "--out", out, "--json", env=cache)
     assert done.code == 0, done.err
-    assert [p["name"] for p in done.json["plans"]] == ["tensorrt"]
+    (plan,) = done.json["plans"]
+    assert plan["name"] == "tensorrt"
+    if listed["tensorrt-rtx"]["available"]:  # a builder that needs no GPU
+        found = plan["checked"]["engines"]["fp32"]
+        assert (found["foreign_types"], found["added_casts"], plan["checked"]["refused"]) == ("0", "0", {})
+        (checked,) = vitrim("build", out, "--target", "tensorrt", "--check", "--json").json["engines"].values()
+        assert checked == found
+    else:
+        assert (
+            "doctor --install"
+            in vitrim("build", out, "--target", "tensorrt", "--check", "--json").json["error"]["message"]
+        )
     assert [t["name"] for t in done.json["targets"]] == ["ort"]
     checks = {c["target"]: c["passed"] for c in vitrim("verify", out, "--json").json["targets"]}
     assert checks == {"ort": True, "tensorrt": None}

@@ -9,8 +9,10 @@ import pytest
 
 import targets
 from compressor import build_plan, checkpoint
+from compressor.build_plan import BuildJob
 from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.profile import interleave
 from compressor.quantize.refine import Refined
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
@@ -18,18 +20,27 @@ PLUGIN = '''
 """Plans like TensorRT's; the "engine" is the plan's own graph, run by ONNX Runtime."""
 import shutil
 from dataclasses import replace
+from compressor.errors import TargetUnavailable
 from targets import _tensorrt, ort
 
-NAME, CAPABILITIES, available, open = "planned", _tensorrt.CAPABILITIES, ort.available, ort.open
+NAME, CAPABILITIES, available = "planned", _tensorrt.CAPABILITIES, ort.available
 
 def plan(graph, options):
     return _tensorrt.plan(NAME, graph, options)
 
 def build_engine(artifact, out_dir):
+    if artifact.precision == artifact.settings["chip"]:  # a chip is called after the precision that it lacks
+        raise TargetUnavailable(f"no {artifact.precision} on this chip")
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{artifact.path.stem}.engine"
     shutil.copy(artifact.path, path)
-    return replace(artifact, path=path, files=(path,), settings={"stage": "engine"})
+    late = {"late": "yes"} if artifact.settings["chip"] == f"late {artifact.precision}" else {}
+    return replace(artifact, path=path, files=(path,), settings={"stage": "engine", **late})
+
+def open(artifact, threads=1):
+    if "late" in artifact.settings:
+        raise TargetUnavailable(f"no {artifact.precision} in this runtime")
+    return ort.open(artifact, threads)
 
 def build(graph, options):
     return build_engine(plan(graph, options), options.out_dir)
@@ -81,7 +92,7 @@ def test_plan_is_the_same_bytes_every_time(tmp_path):
 def test_engine_is_built_proven_raced_and_sealed(tmp_path):
     plan = bundle(tmp_path / "plan")
     before = (plan / "manifest.json").read_bytes()
-    found = build_plan.build_bundle(plan, "planned", tmp_path / "built").data
+    found = build_plan.build_bundle(plan, BuildJob("planned"), tmp_path / "built").data
     built = Bundle.open(tmp_path / "built")  # checks every hash
     kept = built.artifact("planned")
     assert kept.settings == {"stage": "engine"}
@@ -98,19 +109,58 @@ def test_engine_is_built_proven_raced_and_sealed(tmp_path):
     assert (plan / "manifest.json").read_bytes() == before  # the plan is left for the next device
 
 
+def test_engines_are_raced_with_the_batch_they_are_for(tmp_path, monkeypatch):
+    fed = []
+
+    def watched(sessions, feed, config):
+        fed.append(feed["pixels"].shape)
+        return interleave(sessions, feed, config)
+
+    monkeypatch.setattr(build_plan, "interleave", watched)
+    plan = bundle(tmp_path / "plan")
+    for batch in (1, 20):
+        found = build_plan.build_bundle(plan, BuildJob("planned", batch=batch), tmp_path / str(batch))
+        assert found.data["batch"] == batch and fed.pop() == (batch, 3, 32, 32)
+
+
+def test_precision_the_device_lacks_is_a_row_not_a_failure(tmp_path):
+    plan = bundle(tmp_path / "plan")
+    found = build_plan.build_bundle(plan, BuildJob("planned", chip="w8a8"), tmp_path / "built")
+    assert found.data["refused"] == {"w8a8": "no w8a8 on this chip"}
+    assert [row["precision"] for row in found.data["candidates"]] == ["fp32", "fp16"]
+    assert any("w8a8 is not for this device" in line for line in found.lines)
+    found = build_plan.build_bundle(plan, BuildJob("planned", chip="fp32"), tmp_path / "without_fp32")
+    assert [row["precision"] for row in found.data["candidates"]] == ["fp16", "w8a8"]
+    assert Bundle.open(tmp_path / "without_fp32").check("planned")["passed"]
+    assert build_plan.build_bundle(plan, BuildJob("planned"), tmp_path / "all").data["refused"] == {}
+
+
+def test_precision_the_runtime_refuses_is_a_row_too(tmp_path):
+    found = build_plan.build_bundle(
+        bundle(tmp_path / "plan"), BuildJob("planned", chip="late fp16"), tmp_path / "built"
+    )
+    assert found.data["refused"] == {"fp16": "no fp16 in this runtime"}
+    assert not (tmp_path / "built/targets/planned/fp16.engine").exists()
+
+
+def test_plan_that_nothing_can_check_is_refused(tmp_path):
+    with pytest.raises(TargetUnavailable, match="no builder that works without a device"):
+        build_plan.check_bundle(bundle(tmp_path / "plan"), "planned")
+
+
 def test_bundle_is_replaced_in_place_without_out(tmp_path):
     plan = bundle(tmp_path / "plan")
-    build_plan.build_bundle(plan, "planned")
+    build_plan.build_bundle(plan, BuildJob("planned"))
     assert Bundle.open(plan).artifact("planned").settings == {"stage": "engine"}
     with pytest.raises(BundleError, match="build plan"):  # nothing is left to build
-        build_plan.build_bundle(plan, "planned")
+        build_plan.build_bundle(plan, BuildJob("planned"))
 
 
 def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):
     plan = bundle(tmp_path / "plan", seed=1)  # golden logits of other weights
     before = (plan / "manifest.json").read_bytes()
     with pytest.raises(ParityError, match="planned fp32"):
-        build_plan.build_bundle(plan, "planned")
+        build_plan.build_bundle(plan, BuildJob("planned"))
     assert (plan / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -120,7 +170,7 @@ def test_tensorrt_plan_without_tensorrt_says_what_to_install(tmp_path):
         pytest.skip("TensorRT is installed here")
     plan = bundle(tmp_path / "plan", "tensorrt")
     with pytest.raises(TargetUnavailable, match="tensorrt") as caught:
-        build_plan.build_bundle(plan, "tensorrt")
+        build_plan.build_bundle(plan, BuildJob("tensorrt"))
     assert "JetPack" in caught.value.hint
 
 

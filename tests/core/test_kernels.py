@@ -60,3 +60,8 @@ def test_weights_alone_in_integers_are_the_plan_and_no_integer_products():
     assert found["int8_mac_share"] == 0
     assert reasons["blocks.0.fc1"] == reasons["patch"] == "the plan: only the weights are integers"
     assert reasons["head"] == "the plan: too sensitive"
+
+
+def test_eight_bit_floats_count():
+    rows = [OpRecord(op.name, op.type, op.placement, op.precision.replace("int8", "fp8"), op.time_ms) for op in table()]
+    assert int8_share(rows, SPEC) == int8_share(table(), SPEC)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from compressor.types import BlockSpec, Model, Preprocess, QParams, Quantization, VitSpec
+from compressor.types import BlockSpec, Model, Preprocess, QParams, Quantization, VitSpec, Width, largest
 
 BLOCK = BlockSpec(heads=2, qk_dim=16, v_dim=16, mlp_dim=64)
 PLAIN = VitSpec((32, 32), (8, 8), 3, 32, (BLOCK,) * 2, num_classes=10)
@@ -32,6 +32,16 @@ def pruned(spec: VitSpec) -> VitSpec:
     return replace(spec, blocks=tuple(blocks))
 
 
+def uneven(spec: VitSpec) -> VitSpec:
+    """Widths as an unrounded pruner leaves them: another in every block, of no multiple, q and k narrower or wider than v."""
+    sizes = ((12, 16, 50), (7, 5, 33))
+    blocks = (replace(b, qk_dim=q, v_dim=v, mlp_dim=m) for b, (q, v, m) in zip(spec.blocks, sizes, strict=True))
+    return replace(spec, blocks=tuple(blocks))
+
+
+LEVELS = {"dense": lambda spec: spec, "pruned": pruned, "uneven": uneven}
+
+
 def model(spec: VitSpec, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
     weights = {n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in spec.shapes().items()}
@@ -46,14 +56,20 @@ def pixels(spec: VitSpec, count: int = 4) -> np.ndarray:
     return np.random.default_rng(7).standard_normal(shape, dtype=np.float32)
 
 
-def grids(model: Model) -> Quantization:
-    """int8 everywhere; weight grids per output channel from the weights, activation grids wide enough for unit variance."""
+def grids(model: Model, width: Width = 8) -> Quantization:
+    """int8 everywhere, or 8-bit floats but for the patch embedding, as a target with a patch convolution gets them.
+
+    Weight grids are per output channel and from the weights, activation grids wide enough for unit variance.
+    """
     weights = {
-        name: QParams((np.abs(w.reshape(len(w), -1)).max(1) / 127).astype(np.float32), 0, 8, axis=0)
+        name: QParams((np.abs(w.reshape(len(w), -1)).max(1) / largest(width)).astype(np.float32), 0, width, axis=0)
         for name, w in model.weights.items()
-        if name.endswith(".weight") and "norm" not in name
+        if name.endswith(".weight") and "norm" not in name and (width == 8 or name != "patch.weight")
     }
     sites = [f"blocks.{i}.{part}" for i in range(len(model.spec.blocks)) for part in ("qkv", "proj", "fc1", "fc2")]
     if model.spec.num_classes:
         sites.append("head")
-    return Quantization(weights, {site: QParams(np.float32(0.04), 0, 8) for site in ["patch", *sites]})
+    if width == 8:
+        sites.append("patch")
+    scale = np.float32(0.04 * 127 / largest(width))
+    return Quantization(weights, {site: QParams(scale, 0, width) for site in sites}, "w8a8" if width == 8 else "fp8")

@@ -15,7 +15,7 @@ import pytest
 import targets
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
 from compressor.lower import lower
-from compressor.types import Artifact, BlockSpec, BuildOptions, Model, Precision, Session, VitSpec
+from compressor.types import Artifact, BlockSpec, BuildOptions, Model, Precision, Session, VitSpec, Width
 from tests.models import BASE, SPECS, minmax, random_model, random_pixels, torch_logits
 
 FLOAT = ("fp32", "fp16", "bf16")
@@ -46,7 +46,8 @@ def target(request: pytest.FixtureRequest) -> targets.Target:
 
 def make(target: targets.Target, folder: Path, precision: Precision = "fp32", model: Model | None = None) -> Artifact:
     model = model or random_model()
-    plan = None if precision in FLOAT else minmax(model, random_pixels(model.spec))
+    width: Width = "e4m3" if precision == "fp8" else 8
+    plan = None if precision in FLOAT else minmax(model, random_pixels(model.spec), width)
     graph = lower(model, target.CAPABILITIES, plan)
     return target.build(graph, BuildOptions(folder, precision, precision))
 

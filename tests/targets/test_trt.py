@@ -1,5 +1,6 @@
 """The strongly typed graph and the build plan, which need neither TensorRT nor a GPU."""
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_weight_beyond_fp16_is_refused_and_bf16_is_proposed():
     _tensorrt.typed(graph, "bf16")
 
 
-@pytest.mark.parametrize("widths", [(8, 16), (16, 8)], ids=["narrow_qk", "narrow_v"])
+@pytest.mark.parametrize("widths", [(8, 16), (16, 8), (7, 5)], ids=["narrow_qk", "narrow_v", "odd"])
 def test_padded_heads_compute_the_same(widths):
     spec = of(qk_dim=widths[0], v_dim=widths[1])
     plain = replace(trt.CAPABILITIES, equal_heads=False)
@@ -119,6 +120,12 @@ def test_plan_is_not_run(tmp_path):
     with pytest.raises(TargetUnavailable, match="build plan") as caught:
         trt.open(plan(tmp_path))
     assert "vitrim build" in caught.value.hint
+
+
+def test_unknown_chip_is_refused(tmp_path):
+    graph = lower(model(PLAIN), trt.CAPABILITIES)
+    with pytest.raises(ConfigError, match=re.escape("must be one of ampere+, version+, got 'SM89'")):
+        trt.plan(graph, BuildOptions(tmp_path, "fp16", chip="SM89"))
 
 
 def test_changed_plan_is_not_built(tmp_path):
@@ -188,6 +195,7 @@ def test_findings_count_what_was_not_asked_for():
     assert found == {
         "products": "1 fp16, 1 int8",
         "fused_attention": "1",
+        "typed_layers": "2",
         "foreign_types": "1",
         "added_casts": "1",
         "conversions": "1",

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from compressor import build_plan
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
-from compressor.types import Artifact, BuildOptions
-from targets import _tensorrt, _venv, trt_rtx
-from tests.targets.networks import FAMILIES, PLAIN, grids, model, of, pruned
+from compressor.types import Artifact, BuildOptions, Width
+from targets import _tensorrt, _venv, trt, trt_rtx
+from tests.targets.networks import FAMILIES, LEVELS, PLAIN, grids, model, of, pruned
 
 STATE = trt_rtx.available()
 pytestmark = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
 SETTINGS = {"package": trt_rtx.PACKAGE, "timing_cache": "", "portable": ""}
-FLOATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "w8a8": "fp16"}
+FLOATS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "w8a8": "fp16", "fp8": "fp16"}
+WIDTHS: dict[str, Width] = {"w8a8": 8, "fp8": "e4m3"}
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +36,23 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_tensorrt.Call]:
 
 def built(spec, precision: str, folder: Path, call: _tensorrt.Call, chip: str = "") -> Artifact:
     network = model(spec)
-    graph = lower(network, trt_rtx.CAPABILITIES, grids(network) if precision == "w8a8" else None)
+    graph = lower(network, trt_rtx.CAPABILITIES, grids(network, WIDTHS[precision]) if precision in WIDTHS else None)
     planned = trt_rtx.plan(graph, BuildOptions(folder, precision, chip=chip))
     return _tensorrt.build_engine(planned, folder, SETTINGS, call)
 
 
-@pytest.mark.parametrize("level", ["dense", "pruned"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("precision", trt_rtx.CAPABILITIES.precisions)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_does_what_the_graph_says(family, precision, level, tmp_path, call):
-    spec = FAMILIES[family] if level == "dense" else pruned(FAMILIES[family])
+    spec = LEVELS[level](FAMILIES[family])
     found = built(spec, precision, tmp_path, call).settings
     assert (found["foreign_types"], found["added_casts"]) == ("0", "0")
     products = dict(reversed(part.split()) for part in found["products"].split(", "))
-    assert products.keys() == ({"fp16", "int8"} if precision == "w8a8" else {FLOATS[precision]})
-    if precision == "w8a8":  # of each block q/k/v merged or not, proj, fc1, fc2; the patch embedding
-        assert int(products["int8"]) >= 4 * len(spec.blocks) + 1
+    narrow = {"w8a8": "int8", "fp8": "fp8"}.get(precision)
+    assert products.keys() == {FLOATS[precision]} | ({narrow} if narrow else set())
+    if narrow:  # of each block q/k/v merged or not, proj, fc1, fc2; of int8 the patch embedding too
+        assert int(products[narrow]) >= 4 * len(spec.blocks) + (narrow == "int8")
     # TensorRT-RTX has no fused kernel for float32 attention. The other precisions have one for every block.
     assert found["fused_attention"] == ("0" if precision == "fp32" else str(len(spec.blocks)))
 
@@ -81,6 +84,29 @@ def test_chip_without_bf16_is_refused_with_the_vendors_words(tmp_path, call):
     with pytest.raises(TargetUnavailable, match="sm75"):
         built(PLAIN, "bf16", tmp_path, call, chip="SM75")
     assert built(PLAIN, "fp16", tmp_path, call, chip="SM75").size_bytes > 0
+
+
+@pytest.mark.parametrize("target", [trt, trt_rtx], ids=["tensorrt", "tensorrt-rtx"])
+def test_plans_are_checked_without_a_gpu(target, tmp_path):
+    graph = lower(model(PLAIN), target.CAPABILITIES)
+    planned = target.plan(graph, BuildOptions(tmp_path, "bf16", "bf16"))
+    found = target.check(planned)
+    assert (found["chip"], found["builder"]) == ("SM89", f"tensorrt-rtx {STATE.version}")
+    assert (found["products"].split()[1], found["fused_attention"], found["foreign_types"]) == ("bf16", "2", "0")
+    assert [file.name for file in tmp_path.iterdir()] == ["bf16.onnx"]
+    both = replace(planned, files=(planned.path, target.plan(graph, BuildOptions(tmp_path, "fp16", "fp16")).path))
+    checked = build_plan.check_plan(both, "SM75")
+    assert checked["engines"]["fp16"]["chip"] == "SM75"
+    assert list(checked["refused"]) == ["bf16"] and "sm75" in checked["refused"]["bf16"]
+
+
+def test_fp8_is_checked_for_chips_that_have_it(tmp_path):
+    network = model(PLAIN)
+    planned = trt.plan(lower(network, trt.CAPABILITIES, grids(network, "e4m3")), BuildOptions(tmp_path, "fp8", "fp8"))
+    assert "fp8" in build_plan.check_plan(planned, "SM120")["engines"]["fp8"]["products"]
+    refused = build_plan.check_plan(planned, "SM86")
+    assert refused == {"engines": {}, "refused": {"fp8": refused["refused"]["fp8"]}}
+    assert "SM89 or later for fp8, got 'SM86'" in refused["refused"]["fp8"]
 
 
 def test_unknown_chip_is_refused(tmp_path, call):

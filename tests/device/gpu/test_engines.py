@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from compressor.lower import lower
+from compressor.quantize import simulate
 from compressor.types import BuildOptions
-from compressor.verify import check_parity
+from compressor.verify import check_parity, tolerance
 from compressor.vit import to_torch
 from targets import trt, trt_rtx
-from tests.targets.networks import FAMILIES, PLAIN, model, pixels, pruned
+from tests.targets.networks import FAMILIES, LEVELS, PLAIN, grids, model, pixels
 
 TARGETS = [
     pytest.param(t, marks=pytest.mark.skipif(find_spec(t.PACKAGE) is None, reason=f"{t.PACKAGE} is not in this Python"))
@@ -25,16 +26,30 @@ def logits(network, images: np.ndarray) -> np.ndarray:
         return to_torch(network)(torch.from_numpy(images)).numpy()
 
 
-@pytest.mark.parametrize("level", ["dense", "pruned"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_engine_computes_the_model(target, family, precision, level, tmp_path):
-    spec = FAMILIES[family] if level == "dense" else pruned(FAMILIES[family])
+    spec = LEVELS[level](FAMILIES[family])
     network, images = model(spec), pixels(spec)
     session = target.open(target.build(lower(network, target.CAPABILITIES), BuildOptions(tmp_path, precision)))
     for batch in (images, images[:1]):  # the batch axis is free
         check_parity(logits(network, batch), session.run({"pixels": batch})["logits"], precision, target.NAME)
+
+
+@pytest.mark.parametrize("width", [8, "e4m3"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantized_engine_computes_what_is_simulated(target, width, tmp_path):
+    if width == "e4m3" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit floats")
+    network, images = model(PLAIN), pixels(PLAIN)
+    plan = grids(network, width)
+    graph = lower(network, target.CAPABILITIES, plan)
+    session = target.open(target.build(graph, BuildOptions(tmp_path, plan.precision)))
+    with torch.inference_mode():
+        expected = simulate(network, plan)(torch.from_numpy(images)).numpy()
+    assert np.abs(session.run({"pixels": images})["logits"] - expected).max() < tolerance(expected, plan.precision)
 
 
 @pytest.mark.parametrize("target", TARGETS)
