@@ -69,6 +69,12 @@ class TargetEntry(_Strict):
     outputs: list[TensorEntry]
 
 
+class _Version(BaseModel):
+    """What every version of manifest.json has."""
+
+    schema_version: int = Field(alias="schema")
+
+
 class Manifest(_Strict):
     """manifest.json, version 1."""
 
@@ -156,7 +162,13 @@ def _read_manifest(root: Path) -> Manifest:
             f"{root}: a bundle must hold manifest.json, found none.", hint="Make one with `vitrim compress`."
         )
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        schema = _Version.model_validate_json(content).schema_version
+        if schema > 1:
+            raise BundleError(
+                f"{path}: schema must be 1, got {schema}: a newer vitrim made this bundle.", hint="Update vitrim."
+            )
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -195,7 +207,8 @@ def _unzip(archive: Path, folder: Path) -> Path:
                     shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"{archive}: must be a readable zip file, got {error}.", hint="Copy it again.") from None
-    return folder
+    inside = list(folder.iterdir())  # where a file manager zipped the folder, that is all there is
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _runs(name: str) -> bool:
@@ -227,28 +240,30 @@ def _checked(source: Path, path: str | Path) -> Manifest:
 
 
 class Bundle:
-    """An opened bundle. Use `Bundle.open`; then `predict`, `session` or `check`."""
+    """The bundle at `path`, a folder or a .zip, with every file's size and digest checked when it is opened.
 
-    def __init__(self, root: Path, manifest: Manifest, keep: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        self.root, self.manifest, self._keep = root, manifest, keep
+    Raises:
+        BundleError: missing, damaged, tampered with, or reaching outside itself.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.root, self._keep = Path(path), None
         self._sessions: dict[tuple[str, int], Session] = {}
+        if not self.root.is_file():
+            self.manifest = _checked(self.root, path)
+            return
+        self._keep = tempfile.TemporaryDirectory(prefix="vitrim-")
+        try:
+            self.root = _unzip(self.root, Path(self._keep.name))
+            self.manifest = _checked(self.root, path)
+        except BaseException:
+            self._keep.cleanup()
+            raise
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """The bundle at `path`, a folder or a .zip, with every file's size and digest checked.
-
-        Raises:
-            BundleError: missing, damaged, tampered with, or reaching outside itself.
-        """
-        source = Path(path)
-        if source.is_file():
-            keep = tempfile.TemporaryDirectory(prefix="vitrim-")
-            try:
-                return cls(Path(keep.name), _checked(_unzip(source, Path(keep.name)), path), keep)
-            except BaseException:
-                keep.cleanup()
-                raise
-        return cls(source, _checked(source, path))
+        """``Bundle(path)``, for those who read ``open`` more easily."""
+        return cls(path)
 
     def __enter__(self) -> Bundle:
         return self
@@ -284,7 +299,7 @@ class Bundle:
 
     @cached_property
     def golden(self) -> dict[str, Array]:
-        """``inputs`` (8, C, h, w), ``reference`` (8, classes), and ``outputs.<target>`` (8, classes)."""
+        """``inputs`` (8, C, h, w), ``reference`` and ``outputs.<target>`` (8, classes), and ``tolerance.<target>``."""
         try:
             with np.load(_inside(self.root, "golden.npz"), allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
@@ -358,5 +373,6 @@ class Bundle:
         # One image at a time: a static-batch artifact takes no other, and a dynamic one is tested as it is used.
         got = np.concatenate([self.logits(x[None], target) for x in self.golden["inputs"]])
         worst = float(np.abs(got - expected).max()) if np.isfinite(got).all() else float("inf")
-        limit = tolerance(expected, self.manifest.targets[target].precision)
+        recorded = self.golden.get(f"tolerance.{target}")
+        limit = tolerance(expected, self.manifest.targets[target].precision) if recorded is None else float(recorded)
         return {"target": target, "max_abs": worst, "tolerance": limit, "passed": worst <= limit}

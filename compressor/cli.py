@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from compressor import cli_build, cli_device, cli_pages, cli_search, console
+from compressor import cli_build, cli_device, cli_gate, cli_pages, cli_search, console
 from compressor.console import Console, command
 from compressor.result import Result
 
@@ -26,9 +26,10 @@ app = typer.Typer(
 app.add_typer(cli_pages.app)
 app.add_typer(cli_device.app)
 app.add_typer(cli_search.app)
+app.add_typer(cli_gate.app)
 app.add_typer(cli_build.app)
 
-MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, or a .safetensors/.pth file with --arch."
+MODEL_HELP = "demo, a timm or transformers folder, a vitrim bundle, a .safetensors/.pth file with --arch, or timm:NAME."
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder or .zip.", show_default=False)]
 Either = Annotated[
@@ -50,19 +51,29 @@ class Pruner(StrEnum):
     obs = "obs"
 
 
-@app.callback()
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         from compressor import __version__
 
         print(f"vitrim {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
+
+
 @command(app, "doctor", "vitrim doctor --json", "vitrim doctor --install bpu")
 def doctor(
     console: Console,
-    install: Annotated[str | None, typer.Option(help="Create the environment of a vendor's compiler.")] = None,
+    install: Annotated[
+        str | None, typer.Option(help="Create the environment of a vendor's compiler: bpu, qnn, rknn or tensorrt-rtx.")
+    ] = None,
 ) -> Result:
     """Say which targets can run here, and what to install for the others."""
     from compressor import doctor
@@ -112,14 +123,22 @@ def compress(
     console: Console,
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle to write.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="Calibration images: demo, a folder, or .npz. Never random.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration images: a folder, .npz, or demo (default; right for the demo model alone). Never random."
+        ),
+    ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Target, repeatable (default ort). See `vitrim doctor`.")
+        list[str] | None,
+        typer.Option(
+            help="Target, repeatable (default ort): ort, openvino, tensorrt, bpu, rknn, qnn; see `vitrim doctor`."
+        ),
     ] = None,
     eval: Annotated[
         str | None, typer.Option(help="Labelled images to measure accuracy on; never used to choose anything.")
     ] = None,
-    mlp_ratio: Annotated[float | None, typer.Option(help="Fraction of MLP hidden units removed.")] = None,
+    mlp_ratio: Annotated[float | None, typer.Option(help="Fraction of MLP hidden units removed (default 0).")] = None,
     qk_ratio: Annotated[float | None, typer.Option(help="Fraction of query/key dimensions removed.")] = None,
     vo_ratio: Annotated[
         float | None, typer.Option(help="Fraction of value/output dimensions removed (obs only).")
@@ -139,11 +158,15 @@ def compress(
     ] = None,
     target_params: Annotated[float | None, typer.Option(help="Share of parameters to keep, likewise.")] = None,
     damping: Annotated[
-        str | None, typer.Option(help="Ridge of the fits, or auto (default): by held-out error.")
+        str | None,
+        typer.Option(help="How strongly fits are held to the dense weights, or auto (default): by held-out error."),
     ] = None,
     pruner: Annotated[Pruner | None, typer.Option(help="obs (default) or corp, the published method.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16, w8a8, ... or auto: the fastest that agrees.")
+        str | None,
+        typer.Option(
+            help="auto (default): the fastest that agrees; or fp32, bf16, fp16, w8a8, w8a16, w6a6, w4a8, w4a4, w8a32, w4a32."
+        ),
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="vitrim (default), or nncf where the target offers it.")] = None,
     min_agreement: Annotated[
@@ -202,7 +225,7 @@ def compress(
         require_compilers(plan.targets)
     cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())
     race = race_here if where is None else race_on(where, console.note)
-    with file_or_folder(out, force=force, zipped=zip) as folder:
+    with file_or_folder(out, force=force, zipped=zip or out.suffix == ".zip") as folder:
         result = run(plan, folder, Tools(cache, console.progress, race))
     result = {"bundle": str(out), **{k: v for k, v in result.items() if k != "bundle"}}
     left = fallbacks(result["compiled"]) if require_npu else []
@@ -270,7 +293,7 @@ def evaluate(
     console: Console,
     source: Either,
     data: Annotated[
-        str, typer.Option(help="Labelled images: a folder of class folders, .npz, or demo.", show_default=False)
+        str, typer.Option(help="Labelled images: a folder of class folders, .npz, or demo:eval.", show_default=False)
     ],
     target: Target = None,
     threads: Threads = 1,
@@ -285,56 +308,6 @@ def evaluate(
 
     found = evaluate_source(Source(source, target, threads, arch), data, reference, console.progress)
     return Result(found, show.accuracy(found))
-
-
-@command(
-    app,
-    "gate",
-    "vitrim gate new/ --baseline old/",
-    "vitrim gate new/ --baseline old/ --max-regression 3% --max-drop 0.5 --junit gate.xml --markdown gate.md",
-    "vitrim gate new/ --stored profile.json --json",
-)
-def gate(
-    console: Console,
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The new bundle.", show_default=False)],
-    baseline: Annotated[Path | None, typer.Option(help="Bundle to compare with, run now, side by side.")] = None,
-    stored: Annotated[
-        Path | None, typer.Option(help="Stored `profile --json` to compare with instead; weaker.")
-    ] = None,
-    max_regression: Annotated[str, typer.Option(help="Slow-down still allowed.")] = "5%",
-    confidence: Annotated[float, typer.Option(help="1 - the probability of each wrong decision.")] = 0.99,
-    max_drop: Annotated[float | None, typer.Option(help="Accuracy loss still allowed, in points.")] = None,
-    max_size_growth: Annotated[str | None, typer.Option(help="Artifact growth still allowed, e.g. 2%.")] = None,
-    max_memory_growth: Annotated[str | None, typer.Option(help="Peak memory growth still allowed.")] = None,
-    min_int8_share: Annotated[str | None, typer.Option(help="Least share of node time in integer nodes.")] = None,
-    forbid_fallback: Annotated[
-        bool, typer.Option("--forbid-fallback", help="No node may fall back to the CPU.")
-    ] = False,
-    cross_device: Annotated[
-        bool, typer.Option("--cross-device", help="Allow a stored profile of another machine.")
-    ] = False,
-    target: Target = None,
-    threads: Threads = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 1,
-    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a pull-request comment here.")] = None,
-    history: Annotated[Path | None, typer.Option(help="Append the outcome to this folder's history.")] = None,
-) -> Result:
-    """Decide whether a bundle is slower than another: paired, interleaved, sequential. Exit code 0, 1 or 3."""
-    from compressor.gate import GateConfig
-    from compressor.gate.rules import RuleConfig
-    from compressor.gating import GateOptions, publish, run_gate
-    from compressor.options import share
-
-    rules = RuleConfig(
-        max_drop, share(max_size_growth), share(max_memory_growth), share(min_int8_share), forbid_fallback
-    )
-    limits = GateConfig(max_regression=share(max_regression) or 0.0, confidence=confidence)
-    options = GateOptions(target, threads, batch, limits, rules, cross_device=cross_device)
-    result = run_gate(candidate, baseline, stored, options)
-    data = publish(result, candidate, baseline or stored, junit=junit, markdown=markdown, history=history)
-    code = {"pass": 0, "fail": 1, "inconclusive": 3}[result.overall.verdict]
-    return Result(data, [result.overall.sentence], code)
 
 
 @command(app, "run", "vitrim run b photo.jpg", "vitrim run b *.png --top 3 --json")
@@ -360,7 +333,12 @@ def run_images(
 
 
 @command(app, "verify", "vitrim verify b", "vitrim verify b.zip --target ort --json")
-def verify(console: Console, bundle: BundlePath, target: Target = None, device: On = "local") -> Result:
+def verify(
+    console: Console,
+    bundle: BundlePath,
+    target: Annotated[str | None, typer.Option(help="Check this target only.")] = None,
+    device: On = "local",
+) -> Result:
     """Check a bundle: hashes, then golden inputs through every available target against the recorded outputs."""
     from compressor.inference import verify_bundle
     from compressor.inventory import default_file, resolve

@@ -73,6 +73,7 @@ class Console:
                 self._bars = None
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
 COMMON = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")],
     "verbose": Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and runtime warnings.")],
@@ -110,7 +111,9 @@ def command(app: typer.Typer, name: str, *examples: str) -> Callable[[Callable[.
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__
-        app.command(name, epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))(run)
+        app.command(
+            name, context_settings=HELP, epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+        )(run)
         return run
 
     return register

@@ -49,8 +49,8 @@ FEATURES = (
     *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
 )
 # What makes two measurements comparable. Frequency and temperature drift on one machine, versions are compared
-# separately.
-IDENTITY = ("machine", "system", "cpu", "governor", "affinity", "limits")
+# separately, and a measurement pins itself to as many CPUs as it has threads, which are recorded beside it.
+IDENTITY = ("machine", "system", "cpu", "governor", "limits")
 
 
 def fingerprint(versions: Mapping[str, str] | None = None, *, root: Path = ROOT) -> dict[str, Any]:

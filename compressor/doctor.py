@@ -20,7 +20,7 @@ def examine() -> Result:
     """The ``vitrim doctor --json`` object and its page; never fails because something is missing."""
     states = {name: targets.get(name).available() for name in targets.names()}
     rows = [
-        {"name": n, "available": s.available, "version": s.version, "reason": s.reason, "fix": s.fix}
+        {"name": n, "available": s.available, "runs": s.runs, "version": s.version, "reason": s.reason, "fix": s.fix}
         for n, s in states.items()
     ]
     compress = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("onnx_ir") is not None
@@ -34,10 +34,13 @@ def examine() -> Result:
     }
     lines = [f"vitrim {__version__}, Python {platform.python_version()} ({sys.executable})"]
     cpu = found["device"].get("cpu", {}) if isinstance(found["device"], dict) else {}
-    lines += [f"CPU: {cpu}"] if cpu else []
+    if cpu:
+        cores = cpu.get("physical", cpu["logical"])
+        lines.append(f"CPU: {cpu['model']}, {cores} cores, {' '.join(cpu['features'])}")
     lines.append("compress: ready" if compress else f"compress: not installed; {found['fix']}")
     for row in rows:
-        state = f"ready {row['version']}" if row["available"] else f"missing: {row['reason']}"
+        ready = "ready" if row["runs"] else "builds here, runs elsewhere:"
+        state = f"{ready} {row['version']}" if row["available"] else f"missing: {row['reason']}"
         lines.append(f"  {row['name']:<10} {state}")
         if not row["available"] and row["fix"]:
             lines.append(f"  {'':<10} fix: {row['fix']}")

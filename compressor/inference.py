@@ -68,6 +68,7 @@ class Opened:
     num_classes: int
     golden: Array | None  # (8, C, h, w) of a bundle
     spec: VitSpec
+    calibration: str = ""  # what a bundle was calibrated on
 
 
 def open_source(source: Source, stack: ExitStack) -> Opened:
@@ -87,6 +88,7 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
             classes,
             bundle.golden["inputs"],
             bundle.spec,
+            str(manifest.calibration.get("source", "")),
         )
     from compressor.candidates import open_model
     from compressor.loading import load_model, require_exportable
@@ -165,6 +167,7 @@ def evaluate_source(source: Source, images: str, reference: str | None, progress
         "target": opened.target,
         "precision": opened.artifact.precision,
         "data": images,
+        "calibrated_on_them": images == opened.calibration,
         **found,
     }
 

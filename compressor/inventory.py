@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compressor.errors import ConfigError, unknown_name
+from compressor.errors import ConfigError
 from compressor.output import write_text
 from compressor.transport import transport
 
@@ -85,7 +85,8 @@ def remove(file: Path, name: str) -> None:
     """
     devices = listed(file)
     if name not in devices:
-        raise unknown_name("device", name, devices)
+        known = f"one of {', '.join(devices)}" if devices else "in the inventory, which is empty"
+        raise ConfigError(f"device must be {known}, got {name!r}.", hint="See `vitrim device list`.")
     _write(file, {other: device for other, device in devices.items() if other != name})
 
 
@@ -101,7 +102,10 @@ def resolve(name: str | None, file: Path) -> Device | None:
         return device(name)
     devices = listed(file)
     if name not in devices:
-        raise unknown_name("device", name, {LOCAL, *devices})
+        raise ConfigError(
+            f"device must be a URL, or one of {', '.join([LOCAL, *devices])}, got {name!r}.",
+            hint="Give ssh://user@host or adb://SERIAL, or name it first: vitrim device add NAME URL.",
+        )
     return devices[name]
 
 

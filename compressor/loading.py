@@ -15,13 +15,14 @@ ONNX_BYTES = 2**31 - 2**20  # of one file, a protobuf message; a megabyte is lef
 
 
 def load_model(source: str, *, arch: str | None = None, image_size: int | None = None) -> Model:
-    """`checkpoint.load`, which reads folders, and the float model inside a zipped bundle.
+    """`checkpoint.load`, and the float model inside a bundle, every file of which is checked first.
 
     Raises:
-        BundleError: a .zip that is no bundle, or was changed.
+        BundleError: a bundle that is damaged or was changed.
         VitrimError: see `checkpoint.load`.
     """
-    if Path(source).suffix != ".zip":
+    path = Path(source)
+    if path.suffix != ".zip" and not (path / "manifest.json").is_file():
         return checkpoint.load(source, arch=arch, image_size=image_size)
     with Bundle.open(source) as bundle:
         return checkpoint.load(str(bundle.root), arch=arch, image_size=image_size)

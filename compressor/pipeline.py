@@ -39,7 +39,7 @@ from compressor.report import contact_sheet, render
 from compressor.stages import Images, Progress, load_images, module_logits, prune_stage, torch_logits
 from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, latency_ms
 from compressor.verdicts import pruning_speed
-from compressor.verify import accuracy
+from compressor.verify import accuracy, tolerance
 from compressor.vit import to_torch
 
 __all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages"]
@@ -95,6 +95,7 @@ def compress(recipe: Recipe, folder: Path, tools: Tools, extras: Mapping[str, An
     Raises:
         VitrimError: any of the tree in `compressor.errors`.
     """
+    recipe = _with_runnable(recipe)
     refuse_early(recipe)
     watch = tools.watch
     with watch("load"):
@@ -126,6 +127,13 @@ def load(recipe: Recipe, tools: Tools) -> tuple[Model, Images]:
     reference = load_model(recipe.model, arch=recipe.arch, image_size=recipe.image_size)
     require_exportable(reference.spec)
     return reference, load_images(recipe, reference, tools.progress)
+
+
+def _with_runnable(recipe: Recipe) -> Recipe:
+    """`recipe` with ``ort`` added where every target only builds here: what is measured and golden has to run."""
+    if any(not (is_planned(name) or is_compiled(name)) for name in recipe.targets):
+        return recipe
+    return replace(recipe, targets=(*recipe.targets, "ort"))
 
 
 def refuse_early(recipe: Recipe) -> None:
@@ -290,6 +298,8 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
     checkpoint.save(run.model, folder)
     arrays: dict[str, Any] = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
     arrays |= {f"outputs.{c.artifact.target}": c.golden for c in run.compiled}
+    for kept in (*(o.kept.artifact for o in run.outcomes), *(c.artifact for c in run.compiled)):
+        arrays[f"tolerance.{kept.target}"] = tolerance(arrays[f"outputs.{kept.target}"], kept.precision)
     np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
     origin = run.reference.origin
     return {

@@ -62,6 +62,12 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be in [0, 1), got {value!r}.", hint="It is the fraction removed; 0.5 removes half."
                 )
+        for name in ("target_macs", "target_params"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(
+                    f"{name} must be in (0, 1), got {value!r}.", hint="It is the share kept; 0.5 keeps half."
+                )
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 100:
             raise ConfigError(f"min_agreement must be a percentage in [0, 100], got {self.min_agreement!r}.")
         for name, low in INTEGERS.items():

@@ -167,6 +167,8 @@ def accuracy(found: Json) -> list[Any]:
         lines.append(
             f"  agreement {_percent(found['agreement'])}, {found['flips']} flips, mean cosine {found['mean_cosine']:.5f}"
         )
+    if found["calibrated_on_them"]:
+        lines.append("  The bundle was calibrated on these images: measure on others (embedded: demo:eval).")
     return lines
 
 

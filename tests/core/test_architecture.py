@@ -24,7 +24,7 @@ RUNTIMES = {
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
 FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "kernels", "linalg", "result", "vit"}
-TOP = {"__main__", "cli", "cli_build", "cli_device", "cli_pages", "cli_search", "console", "show"}
+TOP = {"__main__", "cli", "cli_build", "cli_device", "cli_gate", "cli_pages", "cli_search", "console", "show"}
 ORCHESTRATION = {
     *(
         "build_plan",

@@ -44,6 +44,40 @@ def test_a_damaged_zip_is_called_damaged(zipped: Path, tmp_path: Path) -> None:
     assert refused > 50  # some bytes of a zip, such as times, mean nothing
 
 
+def test_a_zipped_folder_with_the_folder_in_it_is_a_bundle(zipped: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(zipped) as old, zipfile.ZipFile(tmp_path / "b.zip", "w") as new:
+        for name in old.namelist():
+            new.writestr(f"b/{name}", old.read(name))
+    with Bundle(tmp_path / "b.zip") as inner, Bundle(zipped) as plain:
+        assert inner.manifest == plain.manifest
+    with zipfile.ZipFile(zipped) as old, zipfile.ZipFile(tmp_path / "two.zip", "w") as new:
+        for name in old.namelist():
+            new.writestr(f"b/{name}", old.read(name))
+        new.writestr("readme.txt", "hello")
+    with pytest.raises(BundleError, match="manifest"):
+        Bundle(tmp_path / "two.zip")
+
+
+def test_a_changed_bundle_is_no_model(zipped: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(zipped) as archive:
+        archive.extractall(tmp_path / "b")
+    load_model(str(tmp_path / "b"))
+    weights = tmp_path / "b/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match="it was changed"):
+        load_model(str(tmp_path / "b"))
+
+
+def test_a_newer_bundle_asks_for_a_newer_vitrim(zipped: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(zipped) as archive:
+        archive.extractall(tmp_path / "b")
+    manifest = tmp_path / "b/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(BundleError, match="a newer vitrim made this bundle") as caught:
+        Bundle(tmp_path / "b")
+    assert caught.value.hint == "Update vitrim."
+
+
 def test_another_compression_is_refused(zipped: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(zipped) as old, zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_BZIP2) as new:
         for name in old.namelist():

@@ -36,6 +36,8 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
         ("data: 5", "data must be a valid string, got 5"),
         ("pruner: corpse", "pruner must be 'corp' or 'obs', got 'corpse'"),
         ("mlp_ratio: 1", "mlp_ratio must be in"),
+        ("target_macs: 0", "target_macs must be in"),
+        ("target_params: 50", "target_params must be in"),
         ("mlp_ration: 0.5", "mlp_ration"),
         ("- 5", "must be a mapping"),
     ],
