@@ -123,6 +123,7 @@ def write(refined: Refined, folder: Path) -> None:
     tables: Mapping[str, Mapping[str, QParams]] = {
         "weights": refined.quantization.weights,
         "activations": refined.quantization.activations,
+        "scores": refined.scores,
     }
     for kind, table in tables.items():
         for name, q in table.items():
@@ -134,12 +135,11 @@ def write(refined: Refined, folder: Path) -> None:
 
 def read(folder: Path, precision: Precision) -> Refined:
     """What `write` wrote."""
-    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
+    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}, "scores": {}}
     with np.load(folder / "quantization.npz", allow_pickle=False) as stored:
         for entry, (zero, bits, axis, group) in json.loads(str(stored["facts"])).items():
             kind, _, name = entry.partition("/")
             tables[kind][name] = QParams(stored[entry], zero, bits, axis, group)
     layers = tuple(LayerReport(**layer) for layer in json.loads((folder / "layers.json").read_text()))
-    return Refined(
-        checkpoint.load(str(folder)), Quantization(tables["weights"], tables["activations"], precision), layers
-    )
+    grids = Quantization(tables["weights"], tables["activations"], precision)
+    return Refined(checkpoint.load(str(folder)), grids, layers, tables["scores"])

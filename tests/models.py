@@ -77,6 +77,23 @@ def linear_sites(spec: VitSpec) -> dict[str, str]:
 
 def minmax(model: Model, pixels: np.ndarray) -> Quantization:
     """Symmetric int8 grids that reach the largest value seen: per tensor, and per output channel for weights."""
+    amax = reach(model, pixels)
+    sites = linear_sites(model.spec)
+    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / 127 for n in sites}
+    weights = {name: QParams(s.astype(np.float32), 0, 8, axis=0) for name, s in scale.items()}
+    return Quantization(weights, {s: QParams(np.float32(amax[s] / 127), 0, 8) for s in sites.values()})
+
+
+def with_scores(plan: Quantization, model: Model, pixels: np.ndarray) -> Quantization:
+    """`plan` with such grids for every q and k too."""
+    scores = {
+        s: QParams(np.float32(a / 127), 0, 8) for s, a in reach(model, pixels).items() if s.endswith((".q", ".k"))
+    }
+    return replace(plan, activations={**plan.activations, **scores})
+
+
+def reach(model: Model, pixels: np.ndarray) -> dict[str, float]:
+    """The largest absolute value at every site."""
     amax: dict[str, float] = {}
 
     def tap(site: str, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +102,4 @@ def minmax(model: Model, pixels: np.ndarray) -> Quantization:
 
     with torch.inference_mode():
         to_torch(model)(torch.from_numpy(pixels), tap)
-    sites = linear_sites(model.spec)
-    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / 127 for n in sites}
-    weights = {name: QParams(s.astype(np.float32), 0, 8, axis=0) for name, s in scale.items()}
-    return Quantization(weights, {s: QParams(np.float32(amax[s] / 127), 0, 8) for s in sites.values()})
+    return amax
