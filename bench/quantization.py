@@ -9,8 +9,7 @@ the ONNX graphs to one quantization step. Each row is a process of its own, so t
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
 "low-rank branch" is TAPTQ's compensation as published, "low-rank budget" the same for the branches that gain most, in
 simulation only: no file holds them. "int8 scores" is "+ token weights" with q k^T in integers too, where a target races
-that. With --pruned R the model is pruned first (obs) and rows are held against the unpruned model, towards which "together"
-refits, as `compress` does.
+that. With --pruned R the model is pruned first (obs) and rows are held against the unpruned model.
 "+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
 
 Latency is measured last: one process, one thread, batch 1, files in a new order every round; the best is shown.
@@ -65,7 +64,6 @@ STAGES = (
     "+ compensation",
     "+ token weights",
     "int8 scores",
-    "together",
     "128 random",
     "+ selection",
 )
@@ -116,11 +114,10 @@ def ours(task: Task, folder: Path, precision: Precision, stage: str) -> Made:
     if stage in ("128 random", "+ selection"):
         task = replace(task, calibration=few(task, coarse_to_fine if stage == "+ selection" else random))
     weighed = stage not in ("+ bias", "+ rounding", "+ compensation")
-    goal = task.model if stage == "together" else task.small
-    weights = token_importance(to_torch(goal), task.batches()[:2]) if weighed else {}
+    weights = token_importance(to_torch(task.small), task.batches()[:2]) if weighed else {}
     dampings = () if stage in ("+ bias", "+ rounding") else RefineConfig().dampings
     config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order)
-    result = refine(task.small, task.batches(), config, weights, goal)
+    result = refine(task.small, task.batches(), config, weights)
     if stage == "int8 scores":
         return hand_in(result.model, result.with_scores(), folder, [n for n in RUNTIMES if int8_scores(n)])
     return hand_in(result.model, result.quantization, folder)
@@ -315,7 +312,7 @@ def main() -> None:
         "--rows", nargs="+", choices=("ours", "ort", "nncf", "nncf-control"), default=("ours", "ort", "nncf")
     )
     parser.add_argument("--precisions", nargs="+", default=("w8a8", "w6a6", "w4a8"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[s for s in STAGES if s != "together"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--pruned", type=float, default=0.0, help="fraction of every width removed first")
     parser.add_argument("--rounds", type=int, default=100, help="of the latency race; 0 leaves it out")
     parser.add_argument("--markdown", type=Path, help="also write the table here")

@@ -10,8 +10,10 @@ layer, in execution order:
 
 For ``proj`` and ``fc2`` "what the reference gives" is the reference's residual stream, so they also undo what earlier blocks
 left; that is the zero-cost form of the low-rank branch of TAPTQ, folded into weights that are there anyway. Everything is
-weighted by the importance of the token (importance). With a `reference` that is the unpruned network the same regressions
-see pruning and quantization at once.
+weighted by the importance of the token (importance).
+
+The reference is the network that is quantized, pruned or not. A pruned one is fitted to the unpruned one already: regressing
+towards that again, in one pass or in two, helps some and harms others (bench/results/quantization-demo.md).
 """
 
 from __future__ import annotations
@@ -94,7 +96,6 @@ def refine(
     batches: Iterable[Array],
     config: RefineConfig,
     importance: Importance,
-    reference: Model | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refined:
     """`model` quantized and compensated in one sequential pass over calibration images.
@@ -105,24 +106,17 @@ def refine(
         model: the float model, pruned or not.
         batches: float32 arrays (B, C, h, w).
         config: see `RefineConfig`.
-        importance: from `compressor.quantize.importance.token_importance` of the reference.
-        reference: what to regress towards, e.g. the unpruned model; `model` itself by default.
+        importance: from `compressor.quantize.importance.token_importance` of `model`.
         progress: called with (blocks done, blocks).
 
     Raises:
-        ConfigError: `reference` has another embedding, another number of blocks or other classes than `model`.
         DataError: no image.
 
     Source: asymmetric calibration as in GPTAQ (arXiv 2504.02692) and ERQ (arXiv 2407.06794); new here are the token
     weights, the residual target and the held-out choice of the ridge.
     """
-    reference = model if reference is None else reference
-    if _frame(reference) != _frame(model):
-        raise ConfigError(
-            f"refine: reference must have the frame {_frame(model)} of the model, got {_frame(reference)}."
-        )
     with torch.inference_mode():
-        walk = _Walk(model, reference, list(batches), config, importance)
+        walk = _Walk(model, list(batches), config, importance)
         walk.embed()
         for i in range(len(model.spec.blocks)):
             walk.attention(i)
@@ -131,11 +125,6 @@ def refine(
         if model.spec.num_classes:
             walk.classify()
     return walk.result()
-
-
-def _frame(model: Model) -> tuple[int, ...]:
-    spec = model.spec
-    return (spec.embed_dim, len(spec.blocks), spec.tokens, spec.prefix_tokens, spec.num_classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +146,11 @@ class _Site:
 class _Walk:
     """The two streams and the modules they run through; the quantized one changes as the walk proceeds."""
 
-    def __init__(
-        self, model: Model, reference: Model, batches: list[Array], config: RefineConfig, importance: Importance
-    ) -> None:
+    def __init__(self, model: Model, batches: list[Array], config: RefineConfig, importance: Importance) -> None:
         if not sum(map(len, batches)):
             raise DataError("refine: calibration data must hold at least one image, got none.")
         self.model, self.config, self.importance = model, config, importance
-        self.module, self.reference = to_torch(model), to_torch(reference)
+        self.module, self.reference = to_torch(model), to_torch(model)
         self.pixels = [torch.from_numpy(batch) for batch in batches]
         self.batches = len(batches)
         self.dense: list[Tensor] = []

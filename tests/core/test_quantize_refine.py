@@ -304,22 +304,9 @@ def test_refine_of_nothing_quantized_changes_nothing():
     assert error(model, result) < 1e-9  # biases pass through float64 and back
 
 
-def test_refine_towards_a_reference_repairs_a_damaged_model():
-    model = random_model()
-    damaged = model.with_weights(
-        model.spec, {n: 0.8 * model.weights[n] for n in ("blocks.0.fc2.weight", "blocks.1.proj.weight")}
-    )
-    alone = refine(damaged, CALIBRATION, RefineConfig(), {})
-    composed = refine(damaged, CALIBRATION, RefineConfig(), {}, reference=model)
-    assert error(model, composed) < 0.2 * error(model, alone)
-
-
 def test_refine_refuses_what_it_cannot_do():
     model = random_model()
     with pytest.raises(DataError, match="at least one image"):
         refine(model, [], RefineConfig(), {})
-    short = random_model(VitSpec((8, 8), (4, 4), 1, 12, SPEC.blocks[:1], num_classes=5))
-    with pytest.raises(ConfigError, match="reference must have the frame"):
-        refine(model, CALIBRATION, RefineConfig(), {}, reference=short)
     with pytest.raises(ConfigError, match=r"dampings must be positive, got \(0.0,\)"):
         RefineConfig(dampings=(0.0,))

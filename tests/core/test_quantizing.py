@@ -32,7 +32,7 @@ def quantizer(model, tmp_path) -> Quantizer:
     np.savez(tmp_path / "images.npz", images=pixels)
     images = data.open_images(str(tmp_path / "images.npz"))
     inputs = np.concatenate(list(data.batches(images, model.preprocess, 16)))
-    return Quantizer(model, model, images, inputs, Cache(tmp_path / "cache"), lambda stage, done, total: None)
+    return Quantizer(model, images, inputs, Cache(tmp_path / "cache"), lambda stage, done, total: None)
 
 
 def inputs(model: Model, pixels: torch.Tensor, site: str) -> torch.Tensor:
