@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its idle th
 
 import numpy as np
 import torch
+from trial import turns
 
 import targets
 from calibration.observe import ObservePlan, observe
@@ -41,6 +40,7 @@ from compressor.intervals import paired_ratio
 from compressor.lower import lower
 from compressor.prune import ObsConfig, obs
 from compressor.quantize import quantize
+from compressor.quantize.grid import symmetric
 from compressor.quantize.plan import for_target
 from compressor.types import (
     Array,
@@ -58,7 +58,6 @@ from targets import ov
 
 DEIT = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 SHAPES = ("demo", *DEIT)
-WARMUP = 3
 Run = Callable[[Array], Any]
 
 
@@ -76,12 +75,12 @@ class Contestant:
         return self.name.startswith("vitrim")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Times:
     """Milliseconds of every round."""
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    wall: list[float]
+    cpu: list[float]
 
 
 # --------------------------------------------------------------------------- the network
@@ -224,6 +223,19 @@ def plan(model: Model) -> Quantization:
     return quantize(model, stats, for_target(targets.get("ort").CAPABILITIES, "w8a8"))
 
 
+def with_scores(model: Model, integers: Quantization) -> Quantization:
+    """`integers` with a grid for every q and k, as wide as the largest value seen."""
+    reach: dict[str, float] = {}
+
+    def look(site: str, x: torch.Tensor) -> torch.Tensor:
+        if site.endswith((".q", ".k")):
+            reach[site] = float(x.abs().max())
+        return x
+
+    to_torch(model)(torch.from_numpy(images(model.spec, 1)[0]), look)
+    return replace(integers, activations={**integers.activations, **{s: symmetric(r, 8) for s, r in reach.items()}})
+
+
 def session_run(session: Session) -> Run:
     return lambda pixels: session.run({"pixels": pixels})
 
@@ -234,12 +246,16 @@ def ours(model: Model, integers: Quantization, folder: Path, threads: int) -> li
     for name in ("ort", "openvino"):
         target = targets.get(name)
         for precision in (p for p in target.CAPABILITIES.precisions if p in kinds):
-            graph = lower(model, target.CAPABILITIES, integers if precision == "w8a8" else None)
-            artifact = target.build(graph, BuildOptions(folder / name, precision, precision))
-            for variant in ov.variants(artifact) if name == "openvino" else (artifact,):
-                session = target.open(variant, threads=threads)
-                label = f"vitrim {name} {precision} {variant.settings.get(ov.HINT, '')}".strip()
-                found.append(Contestant(label, name, kinds[precision], session_run(session)))
+            plans: dict[str, Quantization | None] = {precision: integers if precision == "w8a8" else None}
+            if precision == "w8a8" and target.CAPABILITIES.int8_scores:
+                plans["w8a8-scores"] = with_scores(model, integers)
+            for label, grids in plans.items():
+                graph = lower(model, target.CAPABILITIES, grids)
+                artifact = target.build(graph, BuildOptions(folder / name, precision, label))
+                for variant in targets.variants(name, artifact):
+                    session = target.open(variant, threads=threads)
+                    full = f"vitrim {name} {label} {variant.settings.get(ov.HINT, '')}".strip()
+                    found.append(Contestant(full, name, kinds[precision], session_run(session)))
     return found
 
 
@@ -248,19 +264,8 @@ def ours(model: Model, integers: Quantization, folder: Path, threads: int) -> li
 
 def race(contestants: list[Contestant], pixels: Array, rounds: int) -> dict[str, Times]:
     """Every contestant once a round, in a new order each."""
-    times = {c.name: Times() for c in contestants}
-    order = list(contestants)
-    shuffler = random.Random(0)
-    for number in range(WARMUP + rounds):
-        shuffler.shuffle(order)
-        for contestant in order:
-            wall, cpu = time.perf_counter(), time.process_time()
-            contestant.run(pixels)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if number >= WARMUP:
-                times[contestant.name].wall.append(1e3 * wall)
-                times[contestant.name].cpu.append(1e3 * cpu)
-    return times
+    measured = 1e3 * turns([c.run for c in contestants], pixels, rounds)
+    return {c.name: Times(*measured[:, i].T.tolist()) for i, c in enumerate(contestants)}
 
 
 def row(times: Times) -> dict[str, float]:

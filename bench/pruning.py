@@ -22,7 +22,6 @@ alone.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -30,51 +29,36 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from trial import Trial, arguments, divergence, open_trial
 
-from calibration import data
 from calibration.observe import ObservePlan, observe
-from compressor import checkpoint
 from compressor.intervals import proportion_interval
 from compressor.prune import CorpConfig, ObsConfig, corp, obs
 from compressor.prune.rank import MLP_SALIENCIES, split
+from compressor.stages import torch_logits
 from compressor.types import Array, Model, Statistics, VitSpec
 from compressor.vit import VisionTransformer, to_torch
 
 RATIOS = (0.25, 0.5, 0.625, 0.75, 0.875)
-BATCH = 32
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """The dense model and the preprocessed images, the same for every row."""
-
-    model: Model
-    calibration: Array  # (n, C, h, w)
-    evaluation: Array
-    labels: Array | None
-    reference: Array  # (m, classes) dense logits
-
-    def batches(self) -> list[Array]:
-        return [self.calibration[i : i + BATCH] for i in range(0, len(self.calibration), BATCH)]
-
-
-def statistics(task: Task) -> Statistics:
+def statistics(task: Trial) -> Statistics:
     plan = ObservePlan(tokens_per_image=None, histograms=())
     return observe(to_torch(task.model), task.batches(), plan)
 
 
-def run_corp(task: Task, config: CorpConfig) -> Model:
+def run_corp(task: Trial, config: CorpConfig) -> Model:
     return corp.prune(task.model, statistics(task), config).model
 
 
-def run_obs(task: Task, config: ObsConfig) -> Model:
+def run_obs(task: Trial, config: ObsConfig) -> Model:
     return obs.prune(task.model, task.batches, config, "cpu").model
 
 
@@ -86,7 +70,7 @@ def corp_sizes(spec: VitSpec, ratio: float) -> ObsConfig:
     return ObsConfig(1 - units / block.mlp_dim, 1 - dims / block.qk_dim)
 
 
-def run_allocated(task: Task, ratio: float) -> Model:
+def run_allocated(task: Trial, ratio: float) -> Model:
     """The MACs that `ratio` of hidden units and query/key dimensions leaves, spread freely."""
     blocks = tuple(obs.uniform(b, ObsConfig(ratio, ratio)) for b in task.model.spec.blocks)
     share = replace(task.model.spec, blocks=blocks).macs() / task.model.spec.macs()
@@ -125,7 +109,7 @@ def kept_units(model: Model, i: int, energy: torch.Tensor, ratio: float, salienc
     return kept.numpy(), gone.numpy()
 
 
-def run_none(task: Task, ratio: float) -> Model:
+def run_none(task: Trial, ratio: float) -> Model:
     stats, units, dims = statistics(task), [], []
     for i, block in enumerate(task.model.spec.blocks):
         energy = stats.moments[f"blocks.{i}.fc2"].second.diagonal()
@@ -134,7 +118,7 @@ def run_none(task: Task, ratio: float) -> Model:
     return delete(task.model, units, dims)
 
 
-def run_magnitude(task: Task, ratio: float) -> Model:
+def run_magnitude(task: Trial, ratio: float) -> Model:
     units, dims = [], []
     for i, block in enumerate(task.model.spec.blocks):
         units.append(kept_units(task.model, i, torch.zeros(block.mlp_dim), ratio, "weight_magnitude")[0])
@@ -146,7 +130,7 @@ def run_magnitude(task: Task, ratio: float) -> Model:
     return delete(task.model, units, dims)
 
 
-def run_grail(task: Task, ratio: float) -> Model:
+def run_grail(task: Trial, ratio: float) -> Model:
     """fc2' = fc2 G[:, S] (G_SS + lambda I)^-1, bias unchanged; everything else as CORP fixed leaves it."""
     stats = statistics(task)
     small = corp.prune(task.model, stats, CorpConfig.fixed(ratio, ratio)).model
@@ -162,7 +146,7 @@ def run_grail(task: Task, ratio: float) -> Model:
     return small.with_weights(small.spec, changed)
 
 
-def run_torch_pruning(task: Task, ratio: float) -> Model:
+def run_torch_pruning(task: Trial, ratio: float) -> Model:
     import torch_pruning as tp
 
     network = to_torch(task.model).requires_grad_()
@@ -197,9 +181,9 @@ def from_torch(model: Model, network: VisionTransformer) -> Model:
     return model.with_weights(replace(model.spec, blocks=blocks), weights)
 
 
-def rows(ratio: float, spec: VitSpec) -> dict[str, Callable[[Task], Model]]:
+def rows(ratio: float, spec: VitSpec) -> dict[str, Callable[[Trial], Model]]:
     """Name -> what makes the pruned model; obs first, which the others are compared with."""
-    table: dict[str, Callable[[Task], Model]] = {
+    table: dict[str, Callable[[Trial], Model]] = {
         "obs": partial(run_obs, config=ObsConfig(ratio, ratio)),
         "none": partial(run_none, ratio=ratio),
         "magnitude": partial(run_magnitude, ratio=ratio),
@@ -217,25 +201,12 @@ def rows(ratio: float, spec: VitSpec) -> dict[str, Callable[[Task], Model]]:
     return table
 
 
-def logits(model: Model, pixels: Array) -> Array:
-    network = to_torch(model)
-    with torch.inference_mode():
-        parts = [network(torch.from_numpy(pixels[i : i + 50])).numpy() for i in range(0, len(pixels), 50)]
-    return np.concatenate(parts).astype(np.float64)
-
-
-def divergence(expected: Array, got: Array) -> Array:
-    """Kullback-Leibler divergence of every prediction from the dense one, (n,)."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, got))
-    return np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
-
-
-def measure(task: Task, make: Callable[[Task], Model], pipe: Any) -> None:
+def measure(task: Trial, make: Callable[[Trial], Model], pipe: Any) -> None:
     started = time.perf_counter()
     small = make(task)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the evaluation
-    got = logits(small, task.evaluation)
+    got = torch_logits(small, task.evaluation)
     pipe.send(
         {
             "macs": small.spec.macs() / task.model.spec.macs(),
@@ -255,7 +226,9 @@ def ratio_interval(a: Array, b: Array, draws: int = 2000) -> tuple[float, float,
     return float(a.mean() / b.mean()), *(float(x) for x in np.percentile(drawn, [2.5, 97.5]))
 
 
-def summary(task: Task, name: str, ratio: float, found: dict[str, Any], rival: dict[str, Any] | None) -> dict[str, Any]:
+def summary(
+    task: Trial, name: str, ratio: float, found: dict[str, Any], rival: dict[str, Any] | None
+) -> dict[str, Any]:
     n, same = len(found["classes"]), found["classes"] == task.reference.argmax(1)
     row: dict[str, Any] = {"ratio": ratio, "row": name, "macs": found["macs"], "params": found["params"]}
     row["agreement"] = float(same.mean())
@@ -281,20 +254,7 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join([*cells, f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}"]) + " |"
 
 
-def load_task(model_source: str, data_source: str, eval_source: str, limit: int) -> Task:
-    """Everything the rows share; calibration images are refused among the evaluation images."""
-    model = checkpoint.load(model_source)
-    images, unseen = data.open_images(data_source, limit=limit), data.open_images(eval_source)
-    if set(images.content_hashes()) & set(unseen.content_hashes()):
-        raise SystemExit("Calibration images must not be among the evaluation images.")
-    seen, new = (np.concatenate(list(data.batches(s, model.preprocess, BATCH))) for s in (images, unseen))
-    labels = None
-    if unseen.labels is not None:
-        labels = data.match_labels(unseen, model.labels, model.spec.num_classes)
-    return Task(model, seen, new, labels, logits(model, new))
-
-
-def run_row(task: Task, make: Callable[[Task], Model]) -> dict[str, Any]:
+def run_row(task: Trial, make: Callable[[Trial], Model]) -> dict[str, Any]:
     """`measure` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -307,16 +267,12 @@ def run_row(task: Task, make: Callable[[Task], Model]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--data", default="demo")
-    parser.add_argument("--eval", default="demo:eval")
-    parser.add_argument("--images", type=int, default=256)
+    parser = arguments(__doc__, images=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--rows", nargs="+", default=None)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    task = load_task(options.model, options.data, options.eval, options.images)
+    task = open_trial(options)
     print(f"{options.model}: {len(task.calibration)} calibration and {len(task.evaluation)} evaluation images")
     if task.labels is not None:
         print(f"dense top-1 {100 * (task.reference.argmax(1) == task.labels).mean():.2f} %")

@@ -7,8 +7,9 @@ Every contestant gets the same float network and the same calibration images. Th
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
 the ONNX graphs to one quantization step. Each row is a process of its own, so that peak memory is its own; time is that of
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
-"low-rank branch" is TAPTQ's compensation as published, in simulation only: no file holds it. With --pruned R the model is
-pruned first (obs) and rows are held against the unpruned model, towards which "together" refits, as `compress` does.
+"low-rank branch" is TAPTQ's compensation as published, "low-rank budget" the same for the branches that gain most, in
+simulation only: no file holds them. "int8 scores" is "+ token weights" with q k^T in integers too, where a target races
+that. With --pruned R the model is pruned first (obs) and rows are held against the unpruned model.
 "+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
 
 Latency is measured last: one process, one thread, batch 1, files in a new order every round; the best is shown.
@@ -16,7 +17,6 @@ Latency is measured last: one process, one thread, batch 1, files in a new order
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -33,17 +33,15 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import torch
+from trial import Trial, arguments, in_batches, open_trial, score, turns
 
 import targets
-from calibration import data
 from calibration.observe import ObservePlan, observe
 from calibration.select import Selector, coarse_to_fine, features, random
-from compressor import checkpoint
-from compressor.intervals import proportion_interval
 from compressor.lower import lower
 from compressor.prune import ObsConfig, prune
 from compressor.quantize import QuantizeConfig, quantize, simulate
-from compressor.quantize.compensate import LowRankConfig, low_rank, truncate_plain
+from compressor.quantize.compensate import Budget, LowRankConfig, Threshold, low_rank, truncate_plain
 from compressor.quantize.importance import token_importance
 from compressor.quantize.refine import RefineConfig, refine
 from compressor.quantize.rounding import nearest, second_order
@@ -52,38 +50,33 @@ from compressor.quantize.simulate import fake_quant_tap, on_grid
 from compressor.types import Array, BuildOptions, Capabilities, Model, Precision, Quantization
 from compressor.vit import to_torch
 
+RUNTIMES = ("ort", "openvino")
 PLAIN = Capabilities(layout="tokens", opset=20, precisions=("fp32",))
 Predict = Callable[[Array], Array]
 STAGES = (
     "min-max",
     "search",
     "search, low-rank branch",
+    "search, low-rank budget",
     "+ zero point",
     "+ bias",
     "+ rounding",
     "+ compensation",
     "+ token weights",
-    "together",
+    "int8 scores",
     "128 random",
     "+ selection",
 )
 FEW = 128
+EXTRA_MACS = 0.02  # that "low-rank budget" may spend
 MAX_DROP = 0.002  # of calibration images that NNCF's accuracy control may let change their class
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """The float model and the preprocessed images, the same for every row."""
+class Task(Trial):
+    """The same for every row; `small` is what gets quantized, the model itself where nothing was pruned."""
 
-    model: Model
-    dense: Model  # the unpruned one; `model` itself where nothing was pruned
-    calibration: Array  # (n, C, h, w)
-    evaluation: Array
-    labels: Array | None
-    reference: Array  # (m, classes) float logits of `dense`
-
-    def batches(self, size: int = 50) -> list[Array]:
-        return [self.calibration[i : i + size] for i in range(0, len(self.calibration), size)]
+    small: Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +87,11 @@ class Made:
     files: dict[str, Path]
 
 
-def smaller(dense: Model, pixels: Array, ratio: float) -> Model:
-    batches = np.array_split(pixels, max(1, len(pixels) // 50))
+def smaller(trial: Trial, ratio: float) -> Model:
     config = ObsConfig(ratio, ratio, ratio)
-    return prune(dense, lambda: batches, config, partial(observe, plan=ObservePlan())).model if ratio else dense
+    return (
+        prune(trial.model, trial.batches, config, partial(observe, plan=ObservePlan())).model if ratio else trial.model
+    )
 
 
 def minmax(objective: Objective, scale: Array) -> Found:
@@ -111,35 +105,42 @@ def ours(task: Task, folder: Path, precision: Precision, stage: str) -> Made:
     plain = stage == "min-max" or stage.startswith("search")
     grid = QuantizeConfig(precision, asymmetric=() if plain else ("fc2", "patch"))
     if plain or stage == "+ zero point":
-        stats = observe(to_torch(task.model), task.batches(), ObservePlan(moments=(), pair_energy=False))
+        stats = observe(to_torch(task.small), task.batches(), ObservePlan(moments=(), pair_energy=False))
         found = QuantizeConfig(precision, search=minmax) if stage == "min-max" else grid
-        plan = quantize(task.model, stats, found)
-        return hand_in(task.model, plan, folder) if "branch" not in stage else with_branches(task, plan)
+        plan = quantize(task.small, stats, found)
+        gates: dict[str, Threshold | Budget] = {"branch": Threshold(), "budget": Budget(EXTRA_MACS)}
+        gate = gates.get(stage.rpartition(" ")[2])
+        return hand_in(task.small, plan, folder) if gate is None else with_branches(task, plan, gate)
     if stage in ("128 random", "+ selection"):
         task = replace(task, calibration=few(task, coarse_to_fine if stage == "+ selection" else random))
     weighed = stage not in ("+ bias", "+ rounding", "+ compensation")
-    goal = task.dense if stage == "together" else task.model
-    weights = token_importance(to_torch(goal), task.batches()[:2]) if weighed else {}
+    weights = token_importance(to_torch(task.small), task.batches()[:2]) if weighed else {}
     dampings = () if stage in ("+ bias", "+ rounding") else RefineConfig().dampings
     config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order)
-    result = refine(task.model, task.batches(), config, weights, goal)
+    result = refine(task.small, task.batches(), config, weights)
+    if stage == "int8 scores":
+        return hand_in(result.model, result.with_scores(), folder, [n for n in RUNTIMES if int8_scores(n)])
     return hand_in(result.model, result.quantization, folder)
 
 
-def with_branches(task: Task, plan: Quantization) -> Made:
-    found = low_rank(task.model, plan, task.batches(), LowRankConfig(truncate=truncate_plain))
-    module, inner = to_torch(on_grid(task.model, plan.weights)), fake_quant_tap(plan.activations)
+def int8_scores(runtime: str) -> bool:
+    return targets.get(runtime).CAPABILITIES.int8_scores
+
+
+def with_branches(task: Task, plan: Quantization, gate: Threshold | Budget) -> Made:
+    found = low_rank(task.small, plan, task.batches(), LowRankConfig(gate=gate, truncate=truncate_plain))
+    module, inner = to_torch(on_grid(task.small, plan.weights)), fake_quant_tap(plan.activations)
     return Made(torch_predict(lambda pixels: module(pixels, found.tap(inner))), {})
 
 
 def few(task: Task, selector: Selector) -> Array:
-    known = features(to_torch(task.model), task.batches())
+    known = features(to_torch(task.small), task.batches())
     return task.calibration[selector(known, min(FEW, len(known)), np.random.default_rng(0))]
 
 
-def hand_in(model: Model, plan: Quantization, folder: Path) -> Made:
+def hand_in(model: Model, plan: Quantization, folder: Path, runtimes: Iterable[str] = RUNTIMES) -> Made:
     files = {}
-    for name in ("ort", "openvino"):
+    for name in runtimes:
         target = targets.get(name)
         files[name] = target.build(lower(model, target.CAPABILITIES, plan), BuildOptions(folder / name, "w8a8")).path
     return Made(torch_predict(simulate(model, plan)), files)
@@ -155,7 +156,7 @@ def torch_predict(forward: Callable[[torch.Tensor], torch.Tensor]) -> Predict:
 
 def float_file(task: Task, folder: Path) -> str:
     path = folder / "float.onnx"
-    path.write_bytes(onnx_ir.to_proto(lower(task.model, PLAIN)).SerializeToString())
+    path.write_bytes(onnx_ir.to_proto(lower(task.small, PLAIN)).SerializeToString())
     return str(path)
 
 
@@ -191,7 +192,7 @@ def nncf_transformer(task: Task, folder: Path, *, controlled: bool) -> Made:
     images = nncf.Dataset([task.calibration[i : i + 1] for i in range(len(task.calibration))])
     common = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(task.calibration)}
     if controlled:
-        predict = torch_predict(to_torch(task.model))
+        predict = torch_predict(to_torch(task.small))
         pairs = nncf.Dataset([(x[None], int(predict(x[None]).argmax())) for x in task.calibration])
 
         def agreement(compiled: Any, data: Iterable[tuple[Array, int]]) -> tuple[float, list[float]]:
@@ -239,29 +240,11 @@ def measure(task: Task, make: Callable[[Path], Made], folder: Path) -> dict[str,
     made = make(folder)
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    pixels = task.evaluation
-    logits = np.concatenate([made.predict(pixels[i : i + 50]) for i in range(0, len(pixels), 50)])
+    logits = in_batches(made.predict, task.evaluation)
     homes = [path.parent for path in made.files.values()][:1]
     size = sum(f.stat().st_size for home in homes for f in home.iterdir() if "float" not in f.name)
     cost = {"calibration_s": wall, "calibration_cpu_s": cpu, "peak_mb": peak, "size_mb": size / 1e6}
     return {**score(logits, task), **cost, "files": {runtime: str(path) for runtime, path in made.files.items()}}
-
-
-def score(logits: Array, task: Task) -> dict[str, Any]:
-    log_p, log_q = (torch.from_numpy(x).double().log_softmax(1).numpy() for x in (task.reference, logits))
-    right, same = logits.argmax(1), int((logits.argmax(1) == task.reference.argmax(1)).sum())
-    found: dict[str, Any] = {
-        "agreement": 100 * same / len(logits),
-        "flips": len(logits) - same,
-        "kl": float((np.exp(log_p) * (log_p - log_q)).sum(1).mean()),
-    }
-    if task.labels is not None:
-        correct = int((right == task.labels).sum())
-        found |= {
-            "top1": 100 * correct / len(logits),
-            "top1_ci95": [100 * b for b in proportion_interval(correct, len(logits))],
-        }
-    return found
 
 
 def child(task: Task, make: Callable[[Path], Made], folder: Path, pipe: Any) -> None:
@@ -315,65 +298,49 @@ def race(results: list[dict[str, Any]], pixels: Array, rounds: int) -> None:
     """Adds ``ort_ms`` and ``openvino_ms``, the best of `rounds`, to every result that has such a file."""
     openers = {"ort": ort_session, "openvino": openvino_session}
     entries = [(row, runtime, openers[runtime](path)) for row in results for runtime, path in row["files"].items()]
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for i in order.permutation(len(entries)):
-            row, runtime, session = entries[i]
-            start = time.perf_counter()
-            session(pixels)
-            took = 1e3 * (time.perf_counter() - start)
-            row[f"{runtime}_ms"] = min(took, row.get(f"{runtime}_ms", took))
+    best = 1e3 * turns([session for _, _, session in entries], pixels, rounds)[..., 0].min(0)
+    for (row, runtime, _), ms in zip(entries, best.tolist(), strict=True):
+        row[f"{runtime}_ms"] = ms
 
 
 # --------------------------------------------------------------------------- the table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--data", default="demo")
-    parser.add_argument("--eval", default="demo:eval")
-    parser.add_argument("--images", type=int, default=500)
+    parser = arguments(__doc__, images=500)
     parser.add_argument(
         "--rows", nargs="+", choices=("ours", "ort", "nncf", "nncf-control"), default=("ours", "ort", "nncf")
     )
     parser.add_argument("--precisions", nargs="+", default=("w8a8", "w6a6", "w4a8"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[s for s in STAGES if s != "together"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--pruned", type=float, default=0.0, help="fraction of every width removed first")
     parser.add_argument("--rounds", type=int, default=100, help="of the latency race; 0 leaves it out")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    args = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    dense = checkpoint.load(args.model)
-    calibration, evaluation = data.open_images(args.data, limit=args.images), data.open_images(args.eval)
-    pixels, held_out = (np.concatenate(list(data.batches(s, dense.preprocess, 50))) for s in (calibration, evaluation))
-    labels = (
-        data.match_labels(evaluation, dense.labels, dense.spec.num_classes) if evaluation.labels is not None else None
-    )
-    predict = torch_predict(to_torch(dense))
-    reference = np.concatenate([predict(held_out[i : i + 50]) for i in range(0, len(held_out), 50)])
-    task, results = Task(smaller(dense, pixels, args.pruned), dense, pixels, held_out, labels, reference), []
+    trial = open_trial(options)
+    task, results = Task(**vars(trial), small=smaller(trial, options.pruned)), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        table = rows(task, args.rows, args.precisions, args.stages)
+        table = rows(task, options.rows, options.precisions, options.stages)
         for number, ((precision, name), make) in enumerate(table.items()):
             found = in_a_process(task, make, folder / str(number))
             results.append({"precision": precision, "method": name, **found})
             print(line(results[-1]), flush=True)
         raced = [r for r in results if "failed" not in r and r["precision"] == "w8a8"]
-        if args.rounds and raced:
-            race(raced, pixels[:1], args.rounds)
+        if options.rounds and raced:
+            race(raced, task.calibration[:1], options.rounds)
     for row in results:
         row.pop("files", None)
-    exact = score(reference, task)
-    head = f"float: top-1 {exact.get('top1', float('nan')):.2f}; {len(held_out)} images, {len(pixels)} for calibration"
+    top1 = score(trial.reference, trial).get("top1", float("nan"))
+    head = f"float: top-1 {top1:.2f}; {len(trial.evaluation)} images, {len(trial.calibration)} for calibration"
     text = "\n".join([head, "", *HEADER, *map(line, results)])
     print(f"\n{text}")
-    if args.markdown is not None:
-        args.markdown.write_text(text + "\n", encoding="utf-8")
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 HEADER = (

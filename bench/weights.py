@@ -10,9 +10,7 @@ same runtime, one thread and batch 1, from one run in which every artifact takes
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 import torch
+from trial import Trial, arguments, in_batches, open_trial, score, turns
 
 import targets
-from calibration import data
-from compressor import checkpoint
 from compressor.candidates import build
 from compressor.lower import lower
 from compressor.profile import faster
@@ -50,12 +47,12 @@ class Row:
     run: Run
 
 
-def ours(model: Model, precision: Precision, images: list[Array], folder: Path) -> list[Row]:
+def ours(trial: Trial, precision: Precision, folder: Path) -> list[Row]:
     """One row per runtime, of the refined model or, for fp32, of the model itself."""
-    small, grids = model, None
+    small, grids = trial.model, None
     if precision in WEIGHT_ONLY:
-        importance = token_importance(to_torch(model), images[:1])
-        refined = refine(model, images, RefineConfig(QuantizeConfig(precision)), importance)
+        importance = token_importance(to_torch(trial.model), trial.batches()[:1])
+        refined = refine(trial.model, trial.batches(), RefineConfig(QuantizeConfig(precision)), importance)
         small, grids = refined.model, refined.quantization
     rows = []
     for name in RUNTIMES:
@@ -94,57 +91,28 @@ def nncf_weights(model: Model, precision: Precision, folder: Path) -> Row:
     )
 
 
-def score(row: Row, pixels: Array, reference: Array) -> str:
-    """Agreement in percent, flips and mean divergence (nats) from the float logits."""
-    logits = np.concatenate([row.run(pixels[i : i + 50]) for i in range(0, len(pixels), 50)])
-    p, q = (torch.from_numpy(x).double().log_softmax(1) for x in (reference, logits))
-    flips = int((logits.argmax(1) != reference.argmax(1)).sum())
-    kl = float((p.exp() * (p - q)).sum(1).mean())
-    return f"{100 - 100 * flips / len(logits):.2f} | {flips} | {kl:.1e}"
-
-
-def race(rows: list[Row], pixels: Array, rounds: int) -> list[tuple[int, ...]]:
-    """Nanoseconds of each row, round by round, in a new order each: whose cache one inherits is worth 4 %; a tenth is warm-up."""
-    times = np.zeros((rounds, len(rows)), dtype=np.int64)
-    order = np.random.default_rng(0)
-    for r in range(rounds):
-        for i in order.permutation(len(rows)):
-            start = time.perf_counter_ns()
-            rows[i].run(pixels)
-            times[r, i] = time.perf_counter_ns() - start
-    return [tuple(int(t) for t in column) for column in times[rounds // 10 :].T]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--data", default="demo")
-    parser.add_argument("--eval", default="demo:eval")
-    parser.add_argument("--images", type=int, default=500)
+    parser = arguments(__doc__, images=500)
     parser.add_argument("--rounds", type=int, default=200)
-    args = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    model = checkpoint.load(args.model)
-    images = list(data.batches(data.open_images(args.data, limit=args.images), model.preprocess, 50))
-    pixels = np.concatenate(list(data.batches(data.open_images(args.eval), model.preprocess, 50)))
+    trial = open_trial(options)
     with tempfile.TemporaryDirectory() as temporary:
-        rows = ours(model, "fp32", images, Path(temporary))
+        rows = ours(trial, "fp32", Path(temporary))
         for precision in WEIGHT_ONLY:
-            rows += ours(model, precision, images, Path(temporary))
-            rows.append(nncf_weights(model, precision, Path(temporary)))
-        with torch.inference_mode():
-            parts = [pixels[i : i + 50] for i in range(0, len(pixels), 50)]
-            reference = np.concatenate([to_torch(model)(torch.from_numpy(x)).numpy() for x in parts])
-        times = race(rows, pixels[:1], args.rounds)
+            rows += ours(trial, precision, Path(temporary))
+            rows.append(nncf_weights(trial.model, precision, Path(temporary)))
+        times = 1e9 * turns([row.run for row in rows], trial.evaluation[:1], options.rounds)[..., 0].T
         base = {row.runtime: i for i, row in reversed(list(enumerate(rows)))}
         print(
             "\n| bits | method | runtime | MB | agreement | flips | KL | time / fp32 (95 %) |\n|---|---|---|---|---|---|---|---|"
         )
         for row, taken in zip(rows, times, strict=True):
-            r = faster(taken, times[base[row.runtime]])
-            latency = f"{r.ratio:.2f} ({r.low:.2f}-{r.high:.2f})"
+            r = faster(taken.tolist(), times[base[row.runtime]].tolist())
+            found = score(in_batches(row.run, trial.evaluation), trial)
             head = f"| {row.precision} | {row.method} | {row.runtime} | {row.size_bytes / 1e6:.2f}"
-            print(f"{head} | {score(row, pixels, reference)} | {latency} |")
+            answers = f"{found['agreement']:.2f} | {found['flips']} | {found['kl']:.1e}"
+            print(f"{head} | {answers} | {r.ratio:.2f} ({r.low:.2f}-{r.high:.2f}) |")
 
 
 if __name__ == "__main__":

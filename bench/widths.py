@@ -10,22 +10,21 @@ order every round; shown is the median of the per-round ratios to the roundest w
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from latency import images, network, spec_of
+from latency import images, network, session_run, spec_of
+from trial import turns
 
 import targets
 from calibration.observe import ObservePlan, observe
 from compressor.lower import lower
 from compressor.quantize import quantize
 from compressor.quantize.plan import for_target
-from compressor.types import Array, BuildOptions, Model, Precision, Session
+from compressor.types import BuildOptions, Model, Precision, Session
 from compressor.vit import to_torch
 
 OFFSETS = {"mlp": (0, 1, 2, 4, 8, 12, 16, 24, 32), "qk": (0, 1, 2, 4, 8, 12, 16)}
@@ -49,19 +48,6 @@ def open_session(model: Model, name: str, precision: Precision, folder: Path) ->
     return target.open(target.build(lower(model, target.CAPABILITIES, plan), BuildOptions(folder, precision)))
 
 
-def race(sessions: list[Session], pixels: Array, rounds: int) -> Array:
-    """(rounds, sessions) seconds."""
-    order, shuffler = list(range(len(sessions))), random.Random(0)
-    times = np.zeros((rounds + 3, len(sessions)))
-    for row in times:
-        shuffler.shuffle(order)
-        for i in order:
-            start = time.perf_counter()
-            sessions[i].run({"pixels": pixels})
-            row[i] = time.perf_counter() - start
-    return times[3:]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=["ort", "openvino"])
@@ -79,7 +65,8 @@ def main() -> None:
             for precision in ("fp32", "w8a8"):
                 with tempfile.TemporaryDirectory() as folder:
                     sessions = [open_session(m, name, precision, Path(folder) / str(i)) for i, m in enumerate(models)]
-                    times = race(sessions, images(models[0].spec, 1)[0], options.rounds)
+                    runs = [session_run(session) for session in sessions]
+                    times = turns(runs, images(models[0].spec, 1)[0], options.rounds)[..., 0]
                 waste = np.median(times / times[:, :1], axis=0) / (macs / macs[0])
                 print(f"| {name} {precision} | " + " | ".join(f"{w:.2f}" for w in waste) + " |", flush=True)
 

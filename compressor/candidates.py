@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +110,8 @@ def open_model(model: Model, name: str, threads: int, stack: ExitStack) -> tuple
 class Candidate:
     """One way to run the model on one target: built, proven against the float model, and raced.
 
-    `label` is the precision, and the settings that differ where the same files can be run in several ways.
+    `label` is the precision, ``-scores`` where q k^T runs in integers too, and the settings that differ where the same
+    files can be run in several ways.
     """
 
     label: str
@@ -206,12 +207,23 @@ def _artifacts(job: Contest, name: str, wanted: str, out_dir: Path) -> dict[str,
         calibration = tuple(np.array_split(job.pixels, max(1, len(job.pixels) // 8)))
         options = BuildOptions(out_dir, precision, precision, job.quantizer, calibration)
         refined = job.quantizations.get(precision)
-        model, grids = (refined.model, refined.quantization) if refined else (job.model, None)
-        artifact = build(model, name, options, grids)
-        for variant in targets.variants(name, artifact):
-            changed = [f"{k}={v}" for k, v in variant.settings.items() if artifact.settings.get(k) != v]
-            found[f"{precision} ({', '.join(changed)})" if changed else precision] = variant
+        model = refined.model if refined else job.model
+        for label, grids in _plans(refined, precision, name).items():
+            artifact = build(model, name, replace(options, name=label), grids)
+            for variant in targets.variants(name, artifact):
+                changed = [f"{k}={v}" for k, v in variant.settings.items() if artifact.settings.get(k) != v]
+                found[f"{label} ({', '.join(changed)})" if changed else label] = variant
     return found
+
+
+def _plans(refined: Refined | None, precision: Precision, name: str) -> dict[str, Quantization | None]:
+    """What of `precision` target `name` may run, by label: with q k^T in float, and in integers where that may pay."""
+    if refined is None:
+        return {precision: None}
+    plans: dict[str, Quantization | None] = {precision: refined.quantization}
+    if refined.scores and targets.get(name).CAPABILITIES.int8_scores:
+        plans[f"{precision}-scores"] = refined.with_scores()
+    return plans
 
 
 def _candidate(
@@ -234,7 +246,8 @@ def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float)
     if len(candidates) == 1:
         return base, False, f"{base.artifact.precision} was the only precision asked for."
     ratios = {c.label: faster(c.samples_ns, base.samples_ns) for c in candidates[1:]}
-    exact = [c for c in candidates[1:] if 100 * c.parity.agreement >= min_agreement or wanted == c.artifact.precision]
+    named = [c for c in candidates[1:] if c.label.partition(" ")[0] == wanted]  # as asked for, whatever it answers
+    exact = [c for c in candidates[1:] if 100 * c.parity.agreement >= min_agreement or c in named]
     small = [c for c in exact if c.artifact.precision in WEIGHT_ONLY]
     kept = min(small or [base, *(c for c in exact if ratios[c.label].is_faster)], key=lambda c: c.p50)
     told = [f"{base.label} {base.p50:.3g} ms"]

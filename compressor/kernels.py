@@ -54,7 +54,7 @@ def int8_share(
     rest: dict[tuple[str, str, str], float] = {}
     for place, amount in macs.items():
         precisions = _multiplied(nodes.get(place, []))
-        share = sum(p in EIGHT_BITS for p in precisions) / len(precisions)
+        share = _integer_part(precisions, place, spec)
         integer += share * amount
         if share < 1:
             name = _name(place)
@@ -72,7 +72,15 @@ def _multiplied(nodes: Sequence[OpRecord]) -> list[str]:
     """Precisions of the products among the nodes of one part; of the longest node where a fused one hides them."""
     products = [op for op in nodes if any(op.type.startswith(p) or op.type.endswith(p) for p in PRODUCTS)]
     longest = sorted(nodes, key=lambda op: op.time_ms)[-1:]
-    return [op.precision for op in products or longest] or ["not seen"]
+    return [name for op in products or longest for name in op.precision.split("+")] or ["not seen"]
+
+
+def _integer_part(precisions: Sequence[str], place: Place, spec: VitSpec) -> float:
+    """Share of the multiply-adds of `place` in 8 bits; q k^T and the product with v count by their widths."""
+    widths = [1] * len(precisions)
+    if place[0] is not None and place[1] == "attention" and len(precisions) == 2:
+        widths = [spec.blocks[place[0]].qk_dim, spec.blocks[place[0]].v_dim]
+    return sum(w for w, p in zip(widths, precisions, strict=True) if p in EIGHT_BITS) / sum(widths)
 
 
 def _name(place: Place) -> str:
@@ -82,7 +90,7 @@ def _name(place: Place) -> str:
 
 def _reason(name: str, place: Place, kept_float: Collection[str], *, weight_only: bool) -> str:
     if place[1] == "attention":
-        return "the plan: products of two activations stay in float"
+        return "the plan: a product of two activations stays in float"
     if name in kept_float:
         return "the plan: too sensitive"
     return "the plan: only the weights are integers" if weight_only else "the runtime chose a float kernel"

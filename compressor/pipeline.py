@@ -166,7 +166,7 @@ def run_stages(recipe: Recipe, reference: Model, images: Images, folder: Path, t
     pixels = np.concatenate(list(data.batches(subset, model.preprocess, 64)))
     expected = torch_logits(model, pixels)
     with watch("quantize"):
-        quantized = _quantize(recipe, Quantizer(model, reference, images.calibration, pixels, cache, progress))
+        quantized = _quantize(recipe, Quantizer(model, images.calibration, pixels, cache, progress))
     job = Contest(
         reference,
         model,

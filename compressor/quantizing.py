@@ -44,8 +44,6 @@ class Quantizer:
 
     Args:
         model: the float model, pruned or not.
-        reference: the unpruned model; the refit also undoes what pruning left. Where blocks were dropped the two have no
-            layer in common to compare, and `model` is its own reference.
         images: calibration images.
         pixels: (n, C, h, w), some of them, on which agreement is counted.
         cache: finished stages.
@@ -53,7 +51,6 @@ class Quantizer:
     """
 
     model: Model
-    reference: Model
     images: data.ImageSet
     pixels: Array
     cache: Cache
@@ -80,17 +77,16 @@ class Quantizer:
     def refine(self, config: QuantizeConfig) -> Refined:
         """The sequential pass of `compressor.quantize.refine`, from the cache when it was finished before."""
         model = self.model
-        goal = self.reference if len(self.reference.spec.blocks) == len(model.spec.blocks) else model
-        digests = {"model": model_digest(model), "reference": model_digest(goal), "images": self.images.digest()}
+        digests = {"model": model_digest(model), "images": self.images.digest()}
         name = key("quantize", **digests, config={**asdict(config), "search": config.search.__name__})
         stage = f"calibrate {config.precision}"
 
         def make(folder: Path) -> None:
             few = self.images.subset(range(min(IMPORTANCE_IMAGES, len(self.images))))
-            importance = token_importance(to_torch(goal), batches(few, model, self.progress, f"{stage}, importance"))
+            importance = token_importance(to_torch(model), batches(few, model, self.progress, f"{stage}, importance"))
             pixels = batches(self.images, model, self.progress, f"{stage}, images")
             layers = partial(self.progress, f"{stage}, layers")
-            write(refine(model, pixels, RefineConfig(config), importance, goal, layers), folder)
+            write(refine(model, pixels, RefineConfig(config), importance, layers), folder)
 
         folder, reused = self.cache.fetch(name, make)
         if reused:
@@ -123,6 +119,7 @@ def write(refined: Refined, folder: Path) -> None:
     tables: Mapping[str, Mapping[str, QParams]] = {
         "weights": refined.quantization.weights,
         "activations": refined.quantization.activations,
+        "scores": refined.scores,
     }
     for kind, table in tables.items():
         for name, q in table.items():
@@ -134,12 +131,11 @@ def write(refined: Refined, folder: Path) -> None:
 
 def read(folder: Path, precision: Precision) -> Refined:
     """What `write` wrote."""
-    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}}
+    tables: dict[str, dict[str, QParams]] = {"weights": {}, "activations": {}, "scores": {}}
     with np.load(folder / "quantization.npz", allow_pickle=False) as stored:
         for entry, (zero, bits, axis, group) in json.loads(str(stored["facts"])).items():
             kind, _, name = entry.partition("/")
             tables[kind][name] = QParams(stored[entry], zero, bits, axis, group)
     layers = tuple(LayerReport(**layer) for layer in json.loads((folder / "layers.json").read_text()))
-    return Refined(
-        checkpoint.load(str(folder)), Quantization(tables["weights"], tables["activations"], precision), layers
-    )
+    grids = Quantization(tables["weights"], tables["activations"], precision)
+    return Refined(checkpoint.load(str(folder)), grids, layers, tables["scores"])

@@ -204,7 +204,8 @@ class Quantization:
 
     Weights are named as in `VitSpec.shapes` ("patch.weight", "blocks.0.q.weight", ...), sites as the taps of `compressor.vit`
     ("patch", "blocks.0.qkv", "blocks.0.proj", ...). A linear is executed in integers when its weight and its input site are
-    both listed; with its weight alone, that is stored as integers and multiplied in float. Integers are
+    both listed; with its weight alone, that is stored as integers and multiplied in float. With both "blocks.i.q" and
+    "blocks.i.k" listed, q k^T of that block is executed in integers. Integers are
     ``clip(round_half_even(x / scale) + zero_point, qmin, qmax)``, computed in float32; 8-bit floats are the nearest ones, in
     the same way, and never beyond the largest.
     """
@@ -238,6 +239,7 @@ class Capabilities:
     logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1)
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"
     zero_points: bool = True  # whether integer activations may have one at no cost
+    int8_scores: bool = False  # whether q k^T in integers may be faster than in float: to be raced, not assumed
     batch: Literal["dynamic", "static"] = "dynamic"
     width_multiple: int = 8
 
@@ -279,7 +281,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class OpRecord:
-    """One executed node of a runtime: what it is, where it ran, in which precision, and for how long (0.0 unknown)."""
+    """One executed node of a runtime: what it is, where it ran, in which precision, and for how long (0.0 unknown).
+
+    A fused node whose products differ in precision names them in order: ``int8+fp32``.
+    """
 
     name: str
     type: str

@@ -27,11 +27,13 @@ CAPABILITIES = Capabilities(
     precisions=("fp32", "bf16", "w8a8"),
     narrow=("w4a8", "w6a6", "w4a4", "w8a32", "w4a32"),
     patch="unshuffle",
+    int8_scores=True,
 )
 HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
 HINTS = {"fp32": "f32", "bf16": "bf16"} | dict.fromkeys(WEIGHT_ONLY, "f32")
 ROUNDING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the inputs of packed weights, to int8 by default; 0: they stay floats
 PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ
+RECORDED = ("layerType", "runtimePrecision", "originalLayersNames")
 NO_WORK = ("Input", "Output", "Reshape")  # listed in the execution graph; nothing is computed or moved for them
 PROFILED_RUNS = 10
 FIX = "pip install 'vitrim[openvino]'"
@@ -180,13 +182,15 @@ def _name(model: openvino.Model, known: Set[str | None]) -> None:
 
 
 def _record(node: Any, time_ms: float) -> OpRecord:
-    info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info}
+    info = {key: node.rt_info[key].astype(str) for key in RECORDED if key in node.rt_info}
     precision = info.get("runtimePrecision", "").lower()
+    read = [port.get_element_type().get_type_name() for port in node.inputs()]
     if info.get("layerType") == "FullyConnected":  # named by its stored weights, also where it multiplies floats
-        precision = node.input(0).get_element_type().get_type_name()
-    return OpRecord(
-        _place(node), info.get("layerType", ""), "CPU", PRECISIONS.get(precision, precision), max(time_ms, 0.0)
-    )
+        precision = read[0]
+    names = [PRECISIONS.get(precision, precision)]
+    if ".softmax" in info.get("originalLayersNames", "") and len(read) == 3:  # of q, k and v: both products in one node
+        names = list(dict.fromkeys(PRECISIONS.get(p, p) for p in (read[0], read[2])))
+    return OpRecord(_place(node), info.get("layerType", ""), "CPU", "+".join(names), max(time_ms, 0.0))
 
 
 def _place(node: Any) -> str:

@@ -77,6 +77,23 @@ def linear_sites(spec: VitSpec) -> dict[str, str]:
 
 def minmax(model: Model, pixels: np.ndarray, width: Width = 8) -> Quantization:
     """Symmetric grids that reach the largest value seen: per tensor, and per output channel for weights."""
+    amax, sites, top = reach(model, pixels), linear_sites(model.spec), largest(width)
+    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / top for n in sites}
+    weights = {name: QParams(s.astype(np.float32), 0, width, axis=0) for name, s in scale.items()}
+    grids = {s: QParams(np.float32(amax[s] / top), 0, width) for s in sites.values()}
+    return Quantization(weights, grids, "w8a8" if width == 8 else "fp8")
+
+
+def with_scores(plan: Quantization, model: Model, pixels: np.ndarray) -> Quantization:
+    """`plan` with int8 grids for every q and k too."""
+    scores = {
+        s: QParams(np.float32(a / 127), 0, 8) for s, a in reach(model, pixels).items() if s.endswith((".q", ".k"))
+    }
+    return replace(plan, activations={**plan.activations, **scores})
+
+
+def reach(model: Model, pixels: np.ndarray) -> dict[str, float]:
+    """The largest absolute value at every site."""
     amax: dict[str, float] = {}
 
     def tap(site: str, x: torch.Tensor) -> torch.Tensor:
@@ -85,8 +102,4 @@ def minmax(model: Model, pixels: np.ndarray, width: Width = 8) -> Quantization:
 
     with torch.inference_mode():
         to_torch(model)(torch.from_numpy(pixels), tap)
-    sites = linear_sites(model.spec)
-    scale = {n: np.abs(model.weights[n].reshape(len(model.weights[n]), -1)).max(1) / largest(width) for n in sites}
-    weights = {name: QParams(s.astype(np.float32), 0, width, axis=0) for name, s in scale.items()}
-    grids = {s: QParams(np.float32(amax[s] / largest(width)), 0, width) for s in sites.values()}
-    return Quantization(weights, grids, "w8a8" if width == 8 else "fp8")
+    return amax

@@ -1,7 +1,8 @@
 """Linear layers in the form a runtime executes fast: float, QDQ pairs around float operators, or integer operators.
 
-Only linear layers are quantized. Each input site is quantized once however many linears read it, weights are stored as
-integers, biases stay float. The arithmetic of every form is the same up to float rounding:
+Linear layers are quantized, and q k^T where the plan has grids for q and k. Each input site is quantized once however many
+linears read it, weights are stored as integers, biases stay float. The arithmetic of every form is the same up to float
+rounding:
 
     y = sx * sw * sum (qx - zx) qw + b,   qx = clip(round(x / sx) + zx),   qw = clip(round(w / sw)),   half to even
 
@@ -125,6 +126,11 @@ class Linears:
             raise ConfigError(
                 f"Capabilities.qdq of a graph with 8-bit floats must be linear_inputs, got {self._style!r}."
             )
+        scores = [site for site in self._plan.activations if site.endswith((".q", ".k"))]
+        if scores and not capabilities.int8_scores:
+            raise ConfigError(
+                f"Capabilities.int8_scores of a graph with a grid for {scores[0]!r} must be true, got false."
+            )
 
     def quantized(self, site: str, *names: str) -> bool:
         """Whether the linears `names`, all reading `site`, are executed in integers."""
@@ -154,6 +160,18 @@ class Linears:
         if self._style == "integer_ops":
             return integers
         return g.op(f"{x.name}.dequantize", "DequantizeLinear", integers, *grid)
+
+    def rounds(self, site: str) -> bool:
+        """Whether `site` has a grid."""
+        return site in self._plan.activations
+
+    def rounded(self, site: str, x: ir.Value) -> ir.Value:
+        """`x`, which no linear reads, on the grid of `site`; itself where that has none."""
+        if not self.rounds(site):
+            return x
+        grid = self._grid(site, self._plan.activations[site])
+        integers = self._graph.op(f"{site}.quantize", "QuantizeLinear", x, *grid)
+        return self._graph.op(f"{site}.dequantize", "DequantizeLinear", integers, *grid)
 
     def matmul(self, name: str, site: str, x: ir.Value, parts: tuple[str, ...], bias: Array | None) -> ir.Value:
         """``x @ W^T + bias`` (B, T, out): the linears `parts`, side by side in one product; `x` comes from `input`."""

@@ -3,7 +3,7 @@
 Exact simplifications, each an identity of the network and none visible in the outputs:
 
 1. Prefix tokens and positions are one constant table: ``Pad(patches) + [prefix; pos]``, for any batch size.
-2. The bias of k adds the same number to every logit of a softmax row: dropped (unless k is normalized first).
+2. The bias of k adds the same number to every logit of a softmax row: dropped (unless k is normalized or rounded first).
 3. Softmax rows sum to one, so the bias of v passes through attention: in float it moves into proj's bias.
    (Quantized, it stays: proj's input grid was calibrated with it, and its weights are not these yet.)
 4. A head that reads tokens 0..p-1 only needs those rows of the last block's queries, projection and MLP.
@@ -111,7 +111,7 @@ class _Tokens:
         g, site = self.graph, f"{name}.qkv"
         parts = tuple(f"{name}.{part}" for part in "qkv")
         bias = {part: self.weights[f"{part}.bias"] for part in parts}
-        if not block.qk_norm:
+        if not block.qk_norm and not self.linears.rounds(parts[1]):
             bias[parts[1]] = np.zeros_like(bias[parts[1]])
         if fold:
             bias[parts[2]] = np.zeros_like(bias[parts[2]])
@@ -132,8 +132,8 @@ class _Tokens:
         self, name: str, block: BlockSpec, q: ir.Value, k: ir.Value, v: ir.Value, rows: int
     ) -> ir.Value:
         g, t = self.graph, self.spec.tokens
-        q = self._heads(f"{name}.q", block, q, rows)
-        k = self._heads(f"{name}.k", block, k, t)
+        q = self._heads(f"{name}.q", block, self.linears.rounded(f"{name}.q", q), rows)
+        k = self._heads(f"{name}.k", block, self.linears.rounded(f"{name}.k", k), t)
         v = g.reshape(f"{name}.v.heads", v, (t, block.heads, block.v_dim))
         q, k, v = (g.op(f"{x.name}.transpose", "Transpose", x, perm=(0, 2, 1, 3)) for x in (q, k, v))  # (B, H, T, D)
         if self.form.equal_heads:

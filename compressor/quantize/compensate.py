@@ -6,9 +6,10 @@ stream before the norm. `compressor.quantize.refine` folds what can be folded at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from compressor.vit import Block, Tap, to_torch
 
 __all__ = [
     "Branch",
+    "Budget",
     "LowRank",
     "LowRankConfig",
+    "Threshold",
     "low_rank",
     "tail_relative_error",
     "truncate_plain",
@@ -61,20 +64,46 @@ def truncate_weighted(weight: Tensor, second: Tensor, rank: int) -> tuple[Tensor
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """The published gate: every branch whose TRE reaches `tre` is corrected."""
+
+    tre: float = 0.007
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The branches that gain most are corrected, as many as may cost `share` of the model's multiply-adds or parameters."""
+
+    share: float
+    of: Literal["macs", "params"] = "macs"
+
+    def __post_init__(self) -> None:
+        if not self.share > 0 or self.of not in ("macs", "params"):
+            raise ConfigError(f"Budget must have share > 0 of macs or params, got {self}.", hint="0.01 adds 1 %.")
+
+    def pick(self, gains: Mapping[str, float], model: Model, rank: int) -> set[str]:
+        """The sites to correct; all corrections of one model cost the same, so the largest gains are the best buy."""
+        c = model.spec.embed_dim
+        macs, params = 2 * c * rank * model.spec.tokens, 2 * c * rank + c
+        each, total = (macs, model.spec.macs()) if self.of == "macs" else (params, model.params)
+        return set(sorted(gains, key=lambda site: -gains[site])[: int(self.share * total / each)])
+
+
+@dataclass(frozen=True)
 class LowRankConfig:
     """Which branches get a correction and how large.
 
     Args:
         rank: r of each correction.
         tail: share of elements TRE looks at.
-        threshold: a branch is corrected when its TRE reaches it.
+        gate: which branches are corrected, `Threshold` or `Budget`.
         damping: ridge, as a share of the mean input variance; 0 is the published least squares.
         truncate: `truncate_plain` as published, or `truncate_weighted`.
     """
 
     rank: int = 16
     tail: float = 0.1
-    threshold: float = 0.007
+    gate: Threshold | Budget = field(default_factory=Threshold)
     damping: float = 0.0
     truncate: Truncation = truncate_weighted
 
@@ -130,34 +159,67 @@ def low_rank(model: Model, quantization: Quantization, batches: Iterable[Array],
         model: the float model.
         quantization: its grids.
         batches: float32 arrays (B, C, h, w).
-        config: see `LowRankConfig`.
+        config: see `LowRankConfig`; with a `Budget` a first walk without corrections tells what each would gain.
+
+    Raises:
+        DataError: no image.
 
     Source: TAPTQ, arXiv 2602.01741, after QwT (arXiv 2411.13918). Deviations: the intercept is refitted after the
     truncation; a branch is kept only where it helps on the half of the images it was not fitted to, in place of R^2 on the
-    same ones.
+    same ones; the budget, and its gain: the squared error that a correction takes off that half.
     """
-    float_, quantized = to_torch(model), to_torch(on_grid(model, quantization.weights))
-    tap = fake_quant_tap(quantization.activations)
-    branches: dict[str, Branch] = {}
-    scores: dict[str, float] = {}
     with torch.inference_mode():
-        stream = torch.cat([quantized.embed(torch.from_numpy(b), tap) for b in batches])
-        if len(stream) == 0:
+        walk = _Walk(model, quantization, batches, config)
+        if isinstance(config.gate, Threshold):
+            least = config.gate.tre
+            return walk.correct(lambda site, score: score >= least)
+        chosen = config.gate.pick(walk.gains(), model, walk.rank)
+        return walk.correct(lambda site, score: site in chosen)
+
+
+class _Walk:
+    """The float and the quantized network side by side, on the stream that the corrected quantized one leaves."""
+
+    def __init__(
+        self, model: Model, quantization: Quantization, batches: Iterable[Array], config: LowRankConfig
+    ) -> None:
+        self._float, self._quantized = to_torch(model), to_torch(on_grid(model, quantization.weights))
+        self._tap, self._config = fake_quant_tap(quantization.activations), config
+        self._start = torch.cat([self._quantized.embed(torch.from_numpy(b), self._tap) for b in batches])
+        if len(self._start) == 0:
             raise DataError("low_rank: calibration data must hold at least one image, got none.")
-        for i, (dense, small) in enumerate(zip(float_.blocks, quantized.blocks, strict=True)):
+        self.rank = min(config.rank, model.spec.embed_dim)
+        self._macs = 2 * model.spec.embed_dim * self.rank * model.spec.tokens
+
+    def gains(self) -> dict[str, float]:
+        """By site, the squared error of held-out images that a correction of this branch alone would take off it."""
+        stream, found = self._start, {}
+        for site, exact, rounded in self._branches():
+            y_q = _run(rounded, stream)
+            found[site] = _gain(stream, _run(exact, stream) - y_q, self._config)
+            stream = stream + y_q
+        return found
+
+    def correct(self, admits: Callable[[str, float], bool]) -> LowRank:
+        """Corrections of the branches whose site and TRE `admits` lets pass, where they help on held-out images."""
+        stream = self._start
+        branches: dict[str, Branch] = {}
+        scores: dict[str, float] = {}
+        for site, exact, rounded in self._branches():
+            y, y_q = _run(exact, stream), _run(rounded, stream)
+            scores[site] = tail_relative_error(y, y_q, self._config.tail)
+            if admits(site, scores[site]) and _gain(stream, y - y_q, self._config) > 0:
+                branches[site] = _solve(stream, y - y_q, self._config)
+                y_q = y_q + branches[site](stream)
+            stream = stream + y_q
+        return LowRank(branches, scores, len(branches) * self._macs)
+
+    def _branches(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+        """Site of every residual branch in network order, with the float branch and the quantized one."""
+        for i, (dense, small) in enumerate(zip(self._float.blocks, self._quantized.blocks, strict=True)):
             assert isinstance(dense, Block) and isinstance(small, Block)
             for part, exact, rounded in (("attn", dense.attention, small.attention), ("mlp", dense.mlp, small.mlp)):
-                site = f"blocks.{i}.{part}"
-                y = _run(exact, stream)
-                y_q = _run(partial(rounded, tap=tap, name=f"blocks.{i}"), stream)
-                scores[site] = tail_relative_error(y, y_q, config.tail)
-                branch = _fit(stream, y - y_q, config) if scores[site] >= config.threshold else None
-                if branch is not None:
-                    branches[site] = branch
-                    y_q = y_q + branch(stream)
-                stream = stream + y_q
-    c = model.spec.embed_dim
-    return LowRank(branches, scores, len(branches) * 2 * c * min(config.rank, c) * model.spec.tokens)
+                yield f"blocks.{i}.{part}", exact, partial(rounded, tap=self._tap, name=f"blocks.{i}")
 
 
 def _run(branch: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
@@ -165,13 +227,13 @@ def _run(branch: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
     return torch.cat([branch(stream[i : i + 32]) for i in range(0, len(stream), 32)])
 
 
-def _fit(stream: Tensor, delta: Tensor, config: LowRankConfig) -> Branch | None:
-    """The correction of one branch, or None where the even images' fit does not help the odd ones."""
-    half = _solve(stream[::2], delta[::2], config)
+def _gain(stream: Tensor, delta: Tensor, config: LowRankConfig) -> float:
+    """The squared error that the even images' fit takes off the odd ones; infinite where there are none to ask."""
     held_out = delta[1::2]
-    if len(held_out) and not (held_out - half(stream[1::2])).square().sum() < held_out.square().sum():
-        return None
-    return _solve(stream, delta, config)
+    if not len(held_out):
+        return float("inf")
+    left = held_out - _solve(stream[::2], delta[::2], config)(stream[1::2])
+    return float(held_out.square().sum() - left.square().sum())
 
 
 def _solve(stream: Tensor, delta: Tensor, config: LowRankConfig) -> Branch:

@@ -10,16 +10,19 @@ layer, in execution order:
 
 For ``proj`` and ``fc2`` "what the reference gives" is the reference's residual stream, so they also undo what earlier blocks
 left; that is the zero-cost form of the low-rank branch of TAPTQ, folded into weights that are there anyway. Everything is
-weighted by the importance of the token (importance). With a `reference` that is the unpruned network the same regressions
-see pruning and quantization at once.
+weighted by the importance of the token (importance).
+
+The reference is the network that is quantized, pruned or not. A pruned one is fitted to the unpruned one already: regressing
+towards that again, in one pass or in two, helps some and harms others (bench/results/quantization-demo.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +38,8 @@ from compressor.types import PRECISION_BITS, Array, Model, QParams, Quantization
 from compressor.vit import Block, Tap, VisionTransformer, to_torch
 
 __all__ = ["LayerReport", "RefineConfig", "Refined", "refine"]
+
+PARTNERS = 128  # tokens whose scores with a token judge its grid
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Refined:
     model: Model
     quantization: Quantization
     layers: tuple[LayerReport, ...]
+    scores: Mapping[str, QParams] = field(default_factory=dict)  # grids of q and k, where q k^T could run in int8
+
+    def with_scores(self) -> Quantization:
+        """The grids with those of q and k, for a target that multiplies them in integers."""
+        return replace(self.quantization, activations={**self.quantization.activations, **self.scores})
 
 
 def refine(
@@ -86,7 +96,6 @@ def refine(
     batches: Iterable[Array],
     config: RefineConfig,
     importance: Importance,
-    reference: Model | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refined:
     """`model` quantized and compensated in one sequential pass over calibration images.
@@ -97,24 +106,17 @@ def refine(
         model: the float model, pruned or not.
         batches: float32 arrays (B, C, h, w).
         config: see `RefineConfig`.
-        importance: from `compressor.quantize.importance.token_importance` of the reference.
-        reference: what to regress towards, e.g. the unpruned model; `model` itself by default.
+        importance: from `compressor.quantize.importance.token_importance` of `model`.
         progress: called with (blocks done, blocks).
 
     Raises:
-        ConfigError: `reference` has another embedding, another number of blocks or other classes than `model`.
         DataError: no image.
 
     Source: asymmetric calibration as in GPTAQ (arXiv 2504.02692) and ERQ (arXiv 2407.06794); new here are the token
     weights, the residual target and the held-out choice of the ridge.
     """
-    reference = model if reference is None else reference
-    if _frame(reference) != _frame(model):
-        raise ConfigError(
-            f"refine: reference must have the frame {_frame(model)} of the model, got {_frame(reference)}."
-        )
     with torch.inference_mode():
-        walk = _Walk(model, reference, list(batches), config, importance)
+        walk = _Walk(model, list(batches), config, importance)
         walk.embed()
         for i in range(len(model.spec.blocks)):
             walk.attention(i)
@@ -123,11 +125,6 @@ def refine(
         if model.spec.num_classes:
             walk.classify()
     return walk.result()
-
-
-def _frame(model: Model) -> tuple[int, ...]:
-    spec = model.spec
-    return (spec.embed_dim, len(spec.blocks), spec.tokens, spec.prefix_tokens, spec.num_classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +146,18 @@ class _Site:
 class _Walk:
     """The two streams and the modules they run through; the quantized one changes as the walk proceeds."""
 
-    def __init__(
-        self, model: Model, reference: Model, batches: list[Array], config: RefineConfig, importance: Importance
-    ) -> None:
+    def __init__(self, model: Model, batches: list[Array], config: RefineConfig, importance: Importance) -> None:
         if not sum(map(len, batches)):
             raise DataError("refine: calibration data must hold at least one image, got none.")
         self.model, self.config, self.importance = model, config, importance
-        self.module, self.reference = to_torch(model), to_torch(reference)
+        self.module, self.reference = to_torch(model), to_torch(model)
         self.pixels = [torch.from_numpy(batch) for batch in batches]
         self.batches = len(batches)
         self.dense: list[Tensor] = []
         self.small: list[Tensor] = []
         self.weights: dict[str, QParams] = {}
         self.activations: dict[str, QParams] = {}
+        self.scores: dict[str, QParams] = {}
         self.reports: list[LayerReport] = []
 
     def embed(self) -> None:
@@ -182,6 +178,8 @@ class _Walk:
         """Block i up to the residual addition of its attention branch."""
         name, block, reference = f"blocks.{i}", self._block(i), self._block(i, self.reference)
         self._normed(f"{name}.qkv", block.norm1, (f"{name}.q",), (f"{name}.k", f"{name}.v"))
+        if f"{name}.qkv" in self.activations and not block.spec.qk_norm:
+            self._scores(name, block)
         self._branch(f"{name}.proj", partial(block.attention, name=name), reference.attention)
 
     def mlp(self, i: int) -> None:
@@ -201,7 +199,8 @@ class _Walk:
         """What the walk left behind."""
         weights = {name: p.numpy() for name, p in self.module.state_dict().items()}
         quantization = Quantization(self.weights, self.activations, self.config.grid.precision)
-        return Refined(self.model.with_weights(self.model.spec, weights), quantization, tuple(self.reports))
+        model = self.model.with_weights(self.model.spec, weights)
+        return Refined(model, quantization, tuple(self.reports), self.scores)
 
     # ----------------------------------------------------------------- one layer
 
@@ -237,6 +236,31 @@ class _Walk:
                 weight = weights[name].double()
                 fit = regression.fit(weight, self.config.dampings, weight if site.inner else None)
                 self._install(name, fit, inner=site.inner, bits=None if name not in integer else weight_bits)
+
+    def _scores(self, name: str, block: Block) -> None:
+        """Grids of q and k in block `name`, each chosen by the error it makes in their product; in 8 bits, as its kernel is.
+
+        They are not part of this walk: the layers behind are fitted to the product in float. The bias of k, which no softmax
+        sees, would only widen its grid: it goes.
+        """
+        assert block.k.bias is not None
+        block.k.bias = nn.Parameter(torch.zeros_like(block.k.bias), requires_grad=False)
+        rows = {}
+        for part, linear in ((f"{name}.q", block.q), (f"{name}.k", block.k)):
+            read = partial(self._product, linear, f"{name}.qkv", block.norm1)
+            site = _Site(part, ((part,),), read, read, inner=True)
+            rows[part] = sample_rows(*self._sample(site), outputs=linear.out_features)
+        for part, other in ((f"{name}.q", f"{name}.k"), (f"{name}.k", f"{name}.q")):
+            few = rows[other][:: max(1, len(rows[other]) // PARTNERS)]
+            heads = np.repeat(np.eye(block.spec.heads, dtype=np.float32), block.spec.qk_dim, axis=1)
+            across = (heads[:, None] * few).reshape(
+                -1, few.shape[1]
+            )  # (heads * partners, H * D): x has the scores across @ x
+            self.scores[part] = fit_grid(rows[part], 8, across, self.config.grid.search, asymmetric=False)
+
+    def _product(self, linear: nn.Linear, site: str, norm: Callable[[Tensor], Tensor], j: int) -> Tensor:
+        """What `linear` makes of batch j of the quantized stream."""
+        return linear(self._tap(site, norm(self.small[j])))  # type: ignore[no-any-return]
 
     def _accumulate(self, site: _Site, group: tuple[str, ...]) -> Regression:
         """Sums of the inputs as quantized against the targets, weighted by token, in two halves of the images."""

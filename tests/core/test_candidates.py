@@ -11,7 +11,8 @@ from compressor.types import Artifact, Parity
 
 def candidate(label: str, path, ms: float, agreement: float = 1.0) -> Candidate:
     path.touch()
-    artifact = Artifact("openvino", path, "0" * 64, 1, label.split(maxsplit=1)[0], (), (), {}, (path,))  # type: ignore[arg-type]
+    precision = label.split(maxsplit=1)[0].removesuffix("-scores")
+    artifact = Artifact("openvino", path, "0" * 64, 1, precision, (), (), {}, (path,))  # type: ignore[arg-type]
     samples = tuple(int(1e6 * ms * (1 + 0.01 * (i % 5))) for i in range(50))
     return Candidate(label, artifact, Parity(0.0, 1.0, agreement, 256), samples, np.zeros((8, 2)))
 
@@ -38,6 +39,14 @@ def test_a_variant_that_is_faster_is_kept_and_named(three, tmp_path):
     fast = candidate("w8a8 (HINT=f32)", tmp_path / "other.xml", 0.5)
     kept, reverted, reason = choose((*three[:2], fast), "auto", 98.0)
     assert kept is fast and not reverted and reason.startswith("w8a8 (HINT=f32) kept: fp32 1")
+
+
+def test_scores_in_integers_must_agree_even_where_their_precision_was_asked_for(three, tmp_path):
+    fast = candidate("w8a8-scores", tmp_path / "w8a8-scores.xml", 0.3, agreement=0.97)
+    slower = candidate("w8a8", tmp_path / "w8a8.xml", 0.5, agreement=0.97)
+    kept, _, reason = choose((three[0], slower, fast), "w8a8", 98.0)
+    assert kept is slower and "w8a8-scores 0.3" in reason and "not eligible at 97.0 % agreement" in reason
+    assert choose((three[0], slower, fast), "w8a8", 96.0)[0] is fast  # the control
 
 
 def test_a_fast_one_that_changes_too_many_classes_is_not(three, tmp_path):

@@ -1,5 +1,7 @@
 """The share of multiply-adds run in integers, from hand-made tables of nodes whose right answer is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from compressor.kernels import int8_share
@@ -30,6 +32,16 @@ def test_only_attention_is_float():
     assert found["int8_mac_share"] == pytest.approx(1 - attention)
     assert [p["name"] for p in found["float_parts"]] == ["attention"]
     assert found["float_parts"][0]["mac_share"] == pytest.approx(attention)
+
+
+def test_a_fused_attention_counts_each_product_by_its_width():
+    spec = replace(SPEC, blocks=(BlockSpec(2, 3, 9, 24),) * 2)
+    macs = {place: sizes[0] for place, sizes in work(spec).items()}
+    attention = sum(macs[i, "attention"] for i in (0, 1)) / sum(macs.values())
+    fused = [replace(op, precision="int8+bf16") if op.name.endswith("attention") else op for op in table()]
+    found = int8_share(fused, spec)
+    assert found["int8_mac_share"] == pytest.approx(1 - attention * 9 / 12)
+    assert [(p["name"], p["precision"]) for p in found["float_parts"]] == [("attention", "bf16")]
 
 
 def test_a_float_product_beside_an_integer_quantize_node_is_seen():

@@ -22,7 +22,7 @@ from compressor.lower import lower
 from compressor.lower.qdq import weight_integers
 from compressor.types import BlockSpec, Capabilities, Model, QParams, Quantization, VitSpec
 from compressor.vit import to_torch
-from tests.models import BASE, SPECS, minmax, random_model, random_pixels, torch_logits
+from tests.models import BASE, SPECS, minmax, random_model, random_pixels, torch_logits, with_scores
 
 FLOAT = 1e-4  # float32, on logits of order 1
 PLAIN = Capabilities("tokens", 20, ("fp32", "w8a8"))
@@ -296,5 +296,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
     per_channel = {s: QParams(np.ones(3, np.float32), 0, 8, axis=1) for s in plan.activations}
     with pytest.raises(ConfigError, match="'patch' must be per tensor, got axis 1"):
         lower(model, PLAIN, Quantization(plan.weights, per_channel))
+    with pytest.raises(ConfigError, match=r"int8_scores of a graph with a grid for 'blocks.0.q' must be true"):
+        lower(model, PLAIN, with_scores(plan, model, random_pixels(BASE)))
     with pytest.raises(ConfigError, match="must be one of conv, tokens, got 'rows'"):
         lower(model, replace(PLAIN, layout="rows"))

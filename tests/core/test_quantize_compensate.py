@@ -6,7 +6,9 @@ import torch
 
 from compressor.errors import ConfigError, DataError
 from compressor.quantize.compensate import (
+    Budget,
     LowRankConfig,
+    Threshold,
     low_rank,
     tail_relative_error,
     truncate_plain,
@@ -64,7 +66,9 @@ def test_truncations_are_exact_at_full_rank_and_each_best_at_its_own_aim():
 def test_low_rank_helps_on_images_it_never_saw(truncate):
     exact, held_out = model(), torch.from_numpy(images(60, 9))
     plan = grids(exact, 3)
-    found = low_rank(exact, plan, [images(60, 1), images(60, 2)], LowRankConfig(12, threshold=0.0, truncate=truncate))
+    found = low_rank(
+        exact, plan, [images(60, 1), images(60, 2)], LowRankConfig(12, gate=Threshold(0.0), truncate=truncate)
+    )
     quantized, plain = to_torch(on_grid(exact, plan.weights)), fake_quant_tap(plan.activations)
     reference = to_torch(exact)(held_out)
     before = (quantized(held_out, plain) - reference).square().sum()
@@ -75,19 +79,45 @@ def test_low_rank_helps_on_images_it_never_saw(truncate):
 
 def test_low_rank_leaves_out_what_the_gate_and_the_held_out_half_refuse():
     exact = model()
-    loose = low_rank(exact, grids(exact, 3), [images(40, 1)], LowRankConfig(4, threshold=0.0))
+    loose = low_rank(exact, grids(exact, 3), [images(40, 1)], LowRankConfig(4, gate=Threshold(0.0)))
     assert set(loose.scores) == {f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn", "mlp")}
     assert loose.branches
-    strict = low_rank(exact, grids(exact, 3), [images(40, 1)], LowRankConfig(4, threshold=1e9))
+    strict = low_rank(exact, grids(exact, 3), [images(40, 1)], LowRankConfig(4, gate=Threshold(1e9)))
     assert not strict.branches
     assert strict.macs == 0
-    nothing_wrong = low_rank(exact, Quantization({}, {}), [images(40, 1)], LowRankConfig(4, threshold=0.0))
+    nothing_wrong = low_rank(exact, Quantization({}, {}), [images(40, 1)], LowRankConfig(4, gate=Threshold(0.0)))
     assert not nothing_wrong.branches
     assert max(nothing_wrong.scores.values()) == 0
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_a_budget_buys_the_corrections_that_gain_most(of):
+    """At full rank, against least squares written out."""
+    exact, batch, plan = model(), images(60, 1), grids(model(), 3)
+    cost, total = (2 * 12 * 12 * SPEC.tokens, SPEC.macs()) if of == "macs" else (2 * 12 * 12 + 12, exact.params)
+    float_, rounded = to_torch(exact), to_torch(on_grid(exact, plan.weights))
+    stream, gains = rounded.embed(torch.from_numpy(batch)), {}
+    for i, (dense, small) in enumerate(zip(float_.blocks, rounded.blocks, strict=True)):
+        for part in ("attention", "mlp"):
+            y, y_q = getattr(dense, part)(stream), getattr(small, part)(stream)
+            rows = torch.cat(
+                [stream, torch.ones_like(stream[..., :1])], dim=-1
+            ).double()  # least squares, with intercept
+            delta = (y - y_q).double()
+            full = torch.linalg.lstsq(rows[::2].flatten(0, 1), delta[::2].flatten(0, 1)).solution
+            left = delta[1::2] - rows[1::2] @ full
+            gains[f"blocks.{i}.{part.replace('attention', 'attn')}"] = float((delta[1::2] ** 2).sum() - (left**2).sum())
+            stream = stream + y_q
+    ranked = sorted(gains, key=lambda site: -gains[site])
+    for count in (0, 1, 2):
+        found = low_rank(exact, plan, [batch], LowRankConfig(12, gate=Budget((count + 0.5) * cost / total, of)))
+        assert set(found.branches) == set(ranked[:count])
 
 
 def test_low_rank_refuses_bad_settings_and_no_images():
     with pytest.raises(ConfigError, match="rank >= 1"):
         LowRankConfig(0)
+    with pytest.raises(ConfigError, match=r"share > 0 of macs or params, got Budget\(share=0.0"):
+        Budget(0.0)
     with pytest.raises(DataError, match="at least one image"):
         low_rank(model(), Quantization({}, {}), [images(0, 1)], LowRankConfig())

@@ -10,10 +10,12 @@ import onnxruntime
 import pytest
 
 import targets
+from compressor.kernels import int8_share
 from compressor.lower import lower
+from compressor.roofline import work
 from compressor.types import Artifact, BuildOptions, Model, OpRecord, Precision, QParams, Quantization
 from targets import ov
-from tests.models import BASE, SPECS, linear_sites, minmax, random_model, random_pixels, torch_logits
+from tests.models import BASE, SPECS, linear_sites, minmax, random_model, random_pixels, torch_logits, with_scores
 
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulIntegerToFloat", "FullyConnected", "Convolution", "Conv")
 
@@ -46,6 +48,23 @@ def test_every_linear_runs_in_int8(name, spec, batch, tmp_path):
     artifact = build(name, model, tmp_path, "w8a8", minmax(model, pixels))
     ran = executed(targets.get(name).open(artifact).ops({"pixels": pixels}), model)
     assert ran == dict.fromkeys(linears(model), "int8")
+
+
+@pytest.mark.parametrize("spec", ["unequal widths", "one block", "distilled"])
+def test_scores_run_in_int8_where_the_plan_has_grids_for_q_and_k(spec, tmp_path):
+    model = random_model(SPECS[spec])
+    pixels = random_pixels(model.spec, 1)
+    plain = minmax(model, pixels)
+    want, macs = torch_logits(model, pixels), work(model.spec)
+    scores = {i: macs[i, "attention"][0] * b.qk_dim / (b.qk_dim + b.v_dim) for i, b in enumerate(model.spec.blocks)}
+    found = {}
+    for label, plan in (("plain", plain), ("scores", with_scores(plain, model, pixels))):
+        session = ov.open(build("openvino", model, tmp_path / label, "w8a8", plan))
+        found[label] = int8_share(session.ops({"pixels": pixels}), model.spec)["int8_mac_share"]
+        assert np.abs(session.run({"pixels": pixels})["logits"] - want).max() < 0.35
+    total = sum(sizes[0] for sizes in macs.values())
+    assert found["scores"] - found["plain"] == pytest.approx(sum(scores.values()) / total)  # plain is the control
+    assert found["scores"] < 1  # the product with v stays in float
 
 
 @pytest.mark.parametrize("name", ["ort", "openvino"])
