@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -126,9 +126,8 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
     require(name)
     goal = out or path
     with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-        shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
+        _copy(bundle, folder, name)
         home = folder / "targets" / name
-        shutil.rmtree(home)
         engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
         kept, candidates, reason = _race(bundle, name, engines, threads)
         discard(candidates, kept)
@@ -143,6 +142,15 @@ def built(goal: Path, found: Mapping[str, Any]) -> Result:
     ms = found["latency_ms"]["p50"]
     lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms", f"  {found['reason']}"]
     return Result({**found, "bundle": str(goal)}, lines)
+
+
+def _copy(bundle: Bundle, folder: Path, name: str) -> None:
+    """What the manifest lists, and nothing else that lies there, into `folder`; the files of target `name` are left out."""
+    for file in bundle.manifest.files:
+        if not PurePosixPath(file).is_relative_to(f"targets/{name}"):
+            goal = folder / file
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.root / file, goal)
 
 
 def _single(planned: Artifact, file: Path) -> Artifact:

@@ -98,6 +98,18 @@ def test_engine_is_built_proven_raced_and_sealed(tmp_path):
     assert (plan / "manifest.json").read_bytes() == before  # the plan is left for the next device
 
 
+def test_what_the_manifest_does_not_list_is_not_sealed_in(tmp_path):
+    plan = bundle(tmp_path / "plan")
+    (tmp_path / "secret").write_text("not of the bundle")
+    (plan / "notes").symlink_to(tmp_path / "secret")
+    (plan / "targets" / "left-behind").write_text("not of the bundle")
+    build_plan.build_bundle(plan, "planned", tmp_path / "built")
+    listed = {f for f in Bundle.open(plan).manifest.files if not f.startswith("targets/")}
+    sealed = Bundle.open(tmp_path / "built").manifest.files
+    assert {f for f in sealed if not f.startswith("targets/planned/")} == listed > {"golden.npz", "model.safetensors"}
+    assert sorted(p.name for p in (tmp_path / "built").iterdir()) == sorted([*listed, "manifest.json", "targets"])
+
+
 def test_bundle_is_replaced_in_place_without_out(tmp_path):
     plan = bundle(tmp_path / "plan")
     build_plan.build_bundle(plan, "planned")
