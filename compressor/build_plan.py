@@ -21,8 +21,10 @@ from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError
+from compressor.intervals import proportion_interval
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
+from compressor.recipe import Recipe
 from compressor.result import Result
 from compressor.types import Artifact, BuildOptions, Model, Precision, Session, latency_ms
 from compressor.verify import check_parity
@@ -131,6 +133,8 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
         engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
         kept, candidates, reason = _race(bundle, name, engines, threads)
         discard(candidates, kept)
+        for timings in home.glob("*.cache"):  # a builder's, for the builds that followed: of no use in a bundle
+            timings.unlink()
         found = _account(name, kept, candidates, reason)
         write_json(home / "build.json", found)
         _seal(bundle, folder, kept)
@@ -184,8 +188,18 @@ def _race(
     candidates = tuple(
         Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
     )
-    kept, _, reason = choose(candidates, "auto", 98.0)
+    kept, _, reason = choose(candidates, *_asked(bundle.manifest.recipe, len(golden)))
     return kept, candidates, reason
+
+
+def _asked(recipe: Mapping[str, Any], count: int) -> tuple[str, float]:
+    """The precision that the manifest's `recipe` asks for, and the least percentage of `count` images that must agree.
+
+    Few images say little of a share: the least number whose 95 % interval reaches ``min_agreement`` is enough.
+    """
+    asked = Recipe(**{k: recipe[k] for k in ("precision", "min_agreement") if k in recipe})  # checked there
+    enough = (k for k in range(count) if 100 * proportion_interval(k, count)[1] >= asked.min_agreement)
+    return asked.precision, 100 * (next(enough, count) / count)
 
 
 def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reason: str) -> dict[str, Any]:

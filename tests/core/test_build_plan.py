@@ -12,6 +12,7 @@ from compressor import build_plan, checkpoint
 from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
 from compressor.quantize.refine import Refined
+from compressor.types import Session
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
 PLUGIN = '''
@@ -29,6 +30,7 @@ def build_engine(artifact, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{artifact.path.stem}.engine"
     shutil.copy(artifact.path, path)
+    (out_dir / "timings.cache").write_text("what the builder measured, for the next engine")
     return replace(artifact, path=path, files=(path,), settings={"stage": "engine"})
 
 def build(graph, options):
@@ -48,7 +50,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(site))
 
 
-def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
+def bundle(folder: Path, name: str = "planned", seed: int = 0, recipe: dict[str, object] | None = None) -> Path:
     """A sealed bundle with a plan of three precisions, as `vitrim compress` would leave it."""
     network = model(pruned(PLAIN))
     folder.mkdir()
@@ -57,7 +59,8 @@ def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
     plan = build_plan.make_plan(network, name, ("fp32", "fp16", "w8a8"), refined, folder / "targets" / name)
     images = pixels(PLAIN, 8)
     np.savez(folder / "golden.npz", inputs=images, reference=reference(seed, images))
-    content: dict[str, object] = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}
+    content: dict[str, object] = {key: {} for key in ("versions", "calibration", "checkpoint")}
+    content["recipe"] = recipe or {}
     content |= {"spec": asdict(network.spec), "preprocess": asdict(network.preprocess), "labels": [], "seed": 0}
     seal(folder, {**content, "targets": {name: artifact_entry(plan, folder).model_dump()}})
     return folder
@@ -125,6 +128,41 @@ def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):
         build_plan.build_bundle(plan, "planned")
     assert (plan / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+class Flipped:
+    """A session whose first answer is another class."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.first = session, True
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs, turn, self.first = self.session.run(inputs), int(self.first), False
+        return {name: np.roll(value, turn, axis=-1) for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "excluded"),
+    [({}, True), ({"min_agreement": 80}, False), ({"precision": "fp16"}, False), ({"precision": "w8a8"}, True)],
+)
+def test_the_recipe_decides_how_much_an_engine_must_agree(tmp_path, monkeypatch, recipe, excluded):
+    plain = targets.get("planned").open
+
+    def flipping(artifact, threads):
+        session = plain(artifact, threads=threads)
+        return Flipped(session) if artifact.precision == "fp16" else session
+
+    monkeypatch.setattr(targets.get("planned"), "open", flipping)
+    found = build_plan.build_bundle(bundle(tmp_path / "plan", recipe=recipe), "planned").data
+    agreement = {row["precision"]: row["agreement"] for row in found["candidates"]}
+    assert agreement["fp16"] == 87.5  # one of eight; 97.8 % at most by its interval, short of the 98 % of the default
+    assert ("not eligible at 87.5 %" in found["reason"]) is excluded
+
+
+def test_a_recipe_that_asks_for_what_cannot_be_is_refused(tmp_path):
+    plan = bundle(tmp_path / "plan", recipe={"min_agreement": "most"})
+    with pytest.raises(ConfigError, match="min_agreement must be a percentage"):
+        build_plan.build_bundle(plan, "planned")
 
 
 def test_tensorrt_plan_without_tensorrt_says_what_to_install(tmp_path):
