@@ -8,7 +8,7 @@ the golden logits and raced; the fastest that agrees is sealed into the bundle w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 import targets
-from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
+from compressor.bundle import Bundle, TargetEntry, artifact_entry, seal, sha256_file
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError
@@ -26,7 +26,7 @@ from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.recipe import Recipe
 from compressor.result import Result
-from compressor.types import Artifact, BuildOptions, Model, Precision, Session, latency_ms
+from compressor.types import Array, Artifact, BuildOptions, Model, Precision, Session, latency_ms
 from compressor.verify import check_parity
 from targets._artifacts import digest
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from compressor.quantize.refine import Refined
 
-__all__ = ["build_bundle", "built", "is_planned", "make_plan", "planner"]
+__all__ = ["adopt", "build_bundle", "built", "is_planned", "make_plan", "planner"]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -128,7 +128,7 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
     require(name)
     goal = out or path
     with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-        _copy(bundle, folder, name)
+        _copy(bundle, folder, bundle.manifest.files.keys() - _files_of(bundle, name))
         home = folder / "targets" / name
         engines = [make.build_engine(_single(planned, file), home) for file in planned.files]
         kept, candidates, reason = _race(bundle, name, engines, threads)
@@ -137,7 +137,7 @@ def build_bundle(path: Path, name: str, out: Path | None = None, *, threads: int
             timings.unlink()
         found = _account(name, kept, candidates, reason)
         write_json(home / "build.json", found)
-        _seal(bundle, folder, kept)
+        _seal(bundle, folder, name, artifact_entry(kept.artifact, folder), kept.golden)
     return built(goal, found)
 
 
@@ -148,13 +148,56 @@ def built(goal: Path, found: Mapping[str, Any]) -> Result:
     return Result({**found, "bundle": str(goal)}, lines)
 
 
-def _copy(bundle: Bundle, folder: Path, name: str) -> None:
-    """What the manifest lists, and nothing else that lies there, into `folder`; the files of target `name` are left out."""
-    for file in bundle.manifest.files:
-        if not PurePosixPath(file).is_relative_to(f"targets/{name}"):
-            goal = folder / file
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.root / file, goal)
+def adopt(bundle: Bundle, complete: Bundle, name: str, folder: Path) -> None:
+    """Fill the empty `folder` with `bundle`, its plans of target `name` completed by what a device made of them.
+
+    Args:
+        bundle: ours, with the plans.
+        complete: what came back. Its files under ``targets/NAME``, its entry of that target and that target's golden
+            outputs are taken over, nothing else.
+        name: of the target.
+        folder: to be sealed.
+
+    Raises:
+        BundleError: another file was changed there, or the engine is not among the target's files or has no outputs.
+        ParityError: the outputs are not those of the model.
+    """
+    hint = "Nothing was taken over. Build on a device that you trust."
+    ours, theirs = _others(bundle, name), _others(complete, name)
+    changed = sorted(file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file))
+    if changed:
+        raise BundleError(
+            f"{name}: the device must leave other files as they were sent, got {changed[0]!r}.", hint=hint
+        )
+    entry, made = complete.manifest.targets.get(name), _files_of(complete, name)
+    if entry is None or not {entry.path, *entry.files} <= made:
+        raise BundleError(f"{name}: the device must put its engine under targets/{name}, got none there.", hint=hint)
+    golden = complete.golden.get(f"outputs.{name}")
+    if golden is None or golden.dtype.kind != "f":
+        raise BundleError(f"{name}: the device must give its engine's golden outputs, got none.", hint=hint)
+    check_parity(bundle.golden["reference"], golden, entry.precision, f"{name} {entry.precision}")
+    _copy(bundle, folder, bundle.manifest.files.keys() - _files_of(bundle, name))
+    _copy(complete, folder, made)
+    _seal(bundle, folder, name, entry, golden)
+
+
+def _files_of(bundle: Bundle, name: str) -> set[str]:
+    """The listed files of target `name`."""
+    return {file for file in bundle.manifest.files if PurePosixPath(file).is_relative_to(f"targets/{name}")}
+
+
+def _others(bundle: Bundle, name: str) -> dict[str, str]:
+    """sha256 of every listed file that a build for target `name` leaves as it is."""
+    own = {"golden.npz", *_files_of(bundle, name)}
+    return {file: entry.sha256 for file, entry in bundle.manifest.files.items() if file not in own}
+
+
+def _copy(bundle: Bundle, folder: Path, files: Iterable[str]) -> None:
+    """The listed `files` into `folder`: what else lies there, a link perhaps, is not of the bundle."""
+    for file in files:
+        goal = folder / file
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.root / file, goal)
 
 
 def _single(planned: Artifact, file: Path) -> Artifact:
@@ -225,11 +268,10 @@ def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reas
     }
 
 
-def _seal(bundle: Bundle, folder: Path, kept: Candidate) -> None:
+def _seal(bundle: Bundle, folder: Path, name: str, entry: TargetEntry, golden: Array) -> None:
     """The golden outputs of the engine beside the others', and a manifest over everything."""
-    name = kept.artifact.target
-    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": kept.golden}
+    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": golden}
     np.savez(folder / "golden.npz", **arrays)
     content = bundle.manifest.model_dump(exclude={"schema_version", "files"})
-    content["targets"][name] = artifact_entry(kept.artifact, folder).model_dump()
+    content["targets"][name] = entry.model_dump()
     seal(folder, content)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -28,7 +27,7 @@ from time import sleep
 from typing import IO, Any
 
 from compressor import probe, replies
-from compressor.build_plan import built
+from compressor.build_plan import adopt, built
 from compressor.bundle import MAX_FILE_BYTES, Bundle, sha256_file
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.inference import Source, is_bundle, open_to_verify, verified
@@ -329,7 +328,8 @@ def build_on(device: Device, path: Path, target: str, out: Path | None, note: No
     """`build_plan.build_bundle` on `device`: the completed bundle is brought back to `out`, by default in place.
 
     Raises:
-        BundleError: what came back is not a bundle.
+        BundleError: what came back is not a bundle, or differs in more than that target.
+        ParityError: its outputs are not those of the model.
         TargetUnavailable: see `Remote`.
     """
     bundle, goal = Bundle.open(path), out or path
@@ -340,7 +340,7 @@ def build_on(device: Device, path: Path, target: str, out: Path | None, note: No
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked
         with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-            shutil.copytree(complete.root, folder, dirs_exist_ok=True)
+            adopt(bundle, complete, target, folder)
     return built(goal, found)
 
 

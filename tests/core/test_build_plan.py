@@ -130,6 +130,80 @@ def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.fixture
+def sent(tmp_path):
+    """A bundle with plans, and what an honest device makes of it."""
+    plan = bundle(tmp_path / "sent")
+    build_plan.build_bundle(plan, "planned", tmp_path / "returned")
+    return plan, tmp_path / "returned"
+
+
+def resealed(folder: Path, **content: object) -> Bundle:
+    """The bundle of a device that changed it, hashes and all."""
+    stored = json.loads((folder / "manifest.json").read_text())
+    seal(folder, {key: value for key, value in (stored | content).items() if key not in ("schema", "files")})
+    return Bundle.open(folder)
+
+
+def test_of_what_a_device_returns_only_the_engine_is_taken_over(sent, tmp_path):
+    with np.load(sent[1] / "golden.npz") as stored:
+        np.savez(sent[1] / "golden.npz", **{**stored, "inputs": stored["inputs"] * 0})
+    ours, theirs = Bundle.open(sent[0]), resealed(sent[1], labels=["planted"], seed=7)
+    (sent[1] / "unlisted").write_text("planted")
+    build_plan.adopt(ours, theirs, "planned", tmp_path / "out")
+    out = Bundle.open(tmp_path / "out")
+    assert out.manifest.targets == theirs.manifest.targets and out.manifest.labels == [] and out.manifest.seed == 0
+    assert out.manifest.files.keys() == theirs.manifest.files.keys()
+    assert not (tmp_path / "out" / "unlisted").exists()
+    assert (out.golden["inputs"] == ours.golden["inputs"]).all() and out.check("planned")["passed"]
+
+
+def other_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"planted")
+
+
+def extra_file(folder):
+    (folder / "run.sh").write_text("planted")
+
+
+def lost_file(folder):
+    (folder / "config.json").unlink()
+
+
+def engine_elsewhere(folder):
+    stored = json.loads((folder / "manifest.json").read_text())
+    stored["targets"]["planned"]["files"] += ["model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(stored))
+
+
+def other_outputs(folder):
+    with np.load(folder / "golden.npz") as stored:
+        np.savez(folder / "golden.npz", **{**stored, "outputs.planned": np.roll(stored["outputs.planned"], 1, 1)})
+
+
+def no_outputs(folder):
+    with np.load(folder / "golden.npz") as stored:
+        np.savez(folder / "golden.npz", inputs=stored["inputs"], reference=stored["reference"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (other_weights, BundleError, "got 'model.safetensors'"),
+        (extra_file, BundleError, "got 'run.sh'"),
+        (lost_file, BundleError, "got 'config.json'"),
+        (engine_elsewhere, BundleError, "under targets/planned"),
+        (other_outputs, ParityError, "planned"),
+        (no_outputs, BundleError, "golden outputs"),
+    ],
+)
+def test_a_device_that_changes_anything_else_is_refused(sent, tmp_path, change, error, says):
+    change(sent[1])
+    with pytest.raises(error, match=says):
+        build_plan.adopt(Bundle.open(sent[0]), resealed(sent[1]), "planned", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class Flipped:
     """A session whose first answer is another class."""
 
