@@ -309,9 +309,11 @@ def profile_on(
     bundle = Bundle.open(source.path)
     if source.target is not None:
         bundle.artifact(source.target)  # A wrong target is named before anything is sent
+    names = tuple(bundle.manifest.targets) if source.target is None else (source.target,)
+    allowed = {"target": names, "threads": (source.threads,), "batch": (batch,)}
     asked = {"target": source.target, "threads": source.threads, "batch": batch, "per_op": per_op, "streams": streams}
     with Remote(device, note) as there:
-        return replies.profile(there.run(_contents(bundle), "profile", asked))
+        return replies.profile(there.run(_contents(bundle), "profile", asked), allowed)
 
 
 def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Result:
@@ -319,8 +321,9 @@ def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Res
     bundle = open_to_verify(path)
     if target is not None:
         bundle.artifact(target)
+    names = bundle.manifest.targets if target is None else (target,)
     with Remote(device, note) as there:
-        checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}))
+        checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}), names)
     return verified(path, len(bundle.manifest.files), checks)
 
 
@@ -335,7 +338,8 @@ def build_on(device: Device, path: Path, target: str, out: Path | None, note: No
     bundle, goal = Bundle.open(path), out or path
     bundle.artifact(target)
     with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
-        found = replies.built(there.run(_contents(bundle), "build", {"target": target, "threads": threads}))
+        answer = there.run(_contents(bundle), "build", {"target": target, "threads": threads})
+        found = replies.built(answer, {"target": (target,)})
         archive = Path(work) / BUILT
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked

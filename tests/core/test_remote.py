@@ -111,6 +111,9 @@ def test_a_damaged_inventory_is_one_sentence(tmp_path):
         inventory.listed(file)
 
 
+ASKED = {"target": ("ort", "null"), "threads": (1,), "batch": (1,)}
+
+
 def answer() -> dict:
     """What a device answers to a profile."""
     op = OpRecord("blocks.0.fc1", "MatMul", "CPU", "fp32", 0.5)
@@ -119,11 +122,17 @@ def answer() -> dict:
 
 
 def test_a_profile_is_taken_over():
-    assert replies.profile(answer()) == answer()
+    assert replies.profile(answer(), ASKED) == answer()
+
+
+@pytest.mark.parametrize("asked", [{"target": ("openvino",)}, {"threads": (2,)}, {"batch": (8,)}])
+def test_a_profile_of_something_else_is_refused(asked):
+    with pytest.raises(TargetUnavailable, match=f"{next(iter(asked))} must be .*, got"):
+        replies.profile(answer(), {**ASKED, **asked})
 
 
 def test_percentiles_are_computed_here():
-    assert replies.profile({**answer(), "latency_ms": {"p50": 0.001}})["latency_ms"]["p50"] == 2.0
+    assert replies.profile({**answer(), "latency_ms": {"p50": 0.001}}, ASKED)["latency_ms"]["p50"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -133,6 +142,8 @@ def test_percentiles_are_computed_here():
             {"samples_ns": []},
             {"samples_ns": [1.5]},
             {"samples_ns": [-1]},
+            {"samples_ns": [10**400]},
+            {"load_ms": 1e300},
             {"precision": "fp31"},
             {"ops": [{}]},
             {"x": 1},
@@ -148,7 +159,59 @@ def test_percentiles_are_computed_here():
 )
 def test_a_profile_that_is_none_is_refused(change):
     with pytest.raises(TargetUnavailable, match="answer is not valid"):
-        replies.profile({**answer(), **change})
+        replies.profile({**answer(), **change}, ASKED)
+
+
+def check(**change) -> dict:
+    """What a device answers to a verification."""
+    found = {"target": "ort", "passed": True, "max_abs": 0.0, "tolerance": 0.1} | change
+    kept = {key: value for key, value in found.items() if value != "left out"}
+    return {"bundle": "b", "passed": True, "files": 3, "signature": None, "targets": [kept]}
+
+
+def test_a_verification_is_taken_over():
+    assert replies.checks(check(), ["ort"]) == check()["targets"]
+    skipped = {"target": "trt", "passed": None, "skipped": "not installed"}
+    assert replies.checks({**check(), "targets": [skipped]}, ["trt"]) == [skipped]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_abs": "left out"}, {"tolerance": "left out"}, {"max_abs": 10**400}, {"passed": None}, {"target": "trt"}],
+)
+def test_a_verification_that_is_none_is_refused(change):
+    with pytest.raises(TargetUnavailable, match="answer is not valid"):
+        replies.checks(check(**change), ["ort"])
+
+
+def test_a_verification_of_fewer_targets_is_refused():
+    with pytest.raises(TargetUnavailable, match=r"targets must be \['ort', 'trt'\], got \['ort'\]"):
+        replies.checks(check(), ["ort", "trt"])
+
+
+def engine(**change) -> dict:
+    """What a device answers to a build."""
+    ms = {"min": 1.0, "p50": 1.5, "p90": 2.0, "p99": 2.0, "mean": 1.5}
+    row = {"precision": "fp32", "size_bytes": 9, "latency_ms": ms, "samples_ns": [1_000_000, 2_000_000]}
+    rows = [{**row, "agreement": 100.0, "settings": {"stage": "engine"}, "kept": True}]
+    found = {"bundle": "b", "target": "trt", "precision": "fp32", "latency_ms": ms, "reason": "the only one"}
+    return {**found, "candidates": rows, "device": {}, **change}
+
+
+def test_a_build_is_taken_over():
+    assert replies.built(engine(), {"target": ("trt",)}) == engine()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"latency_ms": {"mean": 1.0}}, {"latency_ms": {**engine()["latency_ms"], "p50": 10**400}}),
+        *({"target": "ort"}, {"candidates": [{}]}, {"precision": "fp31"}, {"device": []}),
+    ],
+)
+def test_a_build_that_is_none_is_refused(change):
+    with pytest.raises(TargetUnavailable, match="answer is not valid"):
+        replies.built(engine(**change), {"target": ("trt",)})
 
 
 def test_only_the_last_marked_line_is_read_and_cleaned():
@@ -157,7 +220,7 @@ def test_only_the_last_marked_line_is_read_and_cleaned():
     assert replies.marked("Welcome\n") is None
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"a": NaN}', '{"a": 1e999}', "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"a": NaN}', f'{{"a": [-1{"0" * 400}]}}', '{"a": 1e999}', "[" * 100_000])
 def test_an_answer_that_is_no_object_is_refused(line):
     with pytest.raises(TargetUnavailable, match="answer must be"):
         replies.marked(MARK + line)
