@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ __all__ = ["ATTEMPTS", "Remote", "build_on", "profile_on", "race_on", "verify_on
 ATTEMPTS = 3
 OLDEST = [3, 11]
 MAX_ANSWER_BYTES = 256 << 20
+TAIL_BYTES = 1 << 16  # of what a command there complains of
 NO_SPACE = ("no space left", "quota exceeded", "disk full")
 SLACK_BYTES = 1 << 20  # folders and block rounding
 FOLDER = re.compile(r"/[\w.+/-]*/vitrim-\w+")
@@ -199,17 +201,17 @@ class Remote:
             hold: keep its input open until it has ended.
             sink: where its output goes instead.
         """
-        command = self._way.command(script)
-        with tempfile.TemporaryFile() as log:
-            try:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-            except FileNotFoundError:
-                raise TargetUnavailable(
-                    f"{self._device.url}: {command[0]} must be installed here.", hint=f"Install {command[0]}."
-                ) from None
-            out = _converse(process, feed, sink, hold=hold)
-            log.seek(0)
-            said = log.read(1 << 16).decode("utf-8", "replace")
+        command, pipe = self._way.command(script), subprocess.PIPE
+        try:
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except FileNotFoundError:
+            raise TargetUnavailable(
+                f"{self._device.url}: {command[0]} must be installed here.", hint=f"Install {command[0]}."
+            ) from None
+        assert process.stderr is not None
+        complaints = _Tail(process.stderr)
+        out = _converse(process, feed, sink, hold=hold)
+        said = complaints.text()
         if process.returncode == 0:
             return out
         last = replies.readable((said.strip().splitlines() or ["nothing"])[-1]).rstrip(". ")
@@ -227,6 +229,25 @@ class Remote:
 
     def _advice(self) -> str:
         return f"It needs sh, mktemp, tar and Python 3.11 or later as {self._device.python}."
+
+
+class _Tail(threading.Thread):
+    """The last words of a pipe, read while it is written: what a device complains of fills neither memory nor disk."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._pipe, self._kept = pipe, b""
+        self.start()
+
+    def run(self) -> None:
+        with self._pipe:
+            while piece := self._pipe.read1(1 << 16):  # type: ignore[attr-defined]
+                self._kept = (self._kept + piece)[-TAIL_BYTES:]
+
+    def text(self) -> str:
+        """What was last said; ssh's own background process may keep the pipe open for longer."""
+        self.join(timeout=1.0)
+        return self._kept.decode("utf-8", "replace")
 
 
 def _converse(

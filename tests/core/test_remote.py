@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from compressor import inventory, replies
+from compressor import inventory, remote, replies
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.inventory import Device
 from compressor.probe import MARK
 from compressor.profile_json import to_json
 from compressor.remote import FOLDER, NOT_SENT, _code
@@ -232,6 +233,19 @@ def test_a_failure_is_the_class_it_was_and_never_another():
     assert type(failed) is BundleError and str(failed) == "ssh://board: b: broken." and failed.hint == "Copy it."
     for code in ("unknown_name", "difflib", "__class__", "SystemExit"):
         assert type(replies.failure({**said, "code": code}, "x")) is TargetUnavailable
+
+
+def test_of_endless_complaints_only_the_last_words_are_kept(tmp_path, monkeypatch):
+    ssh = tmp_path / "ssh"  # of a device that writes 20 MB of complaints
+    ssh.write_text("#!/bin/sh\nyes complaint | head -c 20000000 >&2\necho its last words >&2\nexit 1\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    kept = []
+    text = remote._Tail.text
+    monkeypatch.setattr(remote._Tail, "text", lambda tail: kept.append(text(tail)) or kept[-1])
+    with pytest.raises(TargetUnavailable, match="failed: its last words"), remote.Remote(Device(url="ssh://b"), print):
+        pass
+    assert [len(said) for said in kept] == [remote.TAIL_BYTES]
 
 
 @pytest.mark.parametrize("path", ["/tmp/vitrim-abc;id", "/tmp/$(id)/vitrim-abc", "tmp/vitrim-abc", "/tmp/other", "/"])
