@@ -220,6 +220,8 @@ def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Res
 def _check(bundle: Bundle, name: str) -> dict[str, Any]:
     if bundle.artifact(name).settings.get("stage") == "plan":
         return {"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build, on the device"}
+    if name not in targets.names():
+        return {"target": name, "passed": None, "skipped": "no target of this name is installed here"}
     state = targets.get(name).available()
     if not (state.available and state.runs):
         return {"target": name, "passed": None, "skipped": state.reason}
