@@ -238,9 +238,9 @@ def write_report(path: Path, out: Path | None) -> Path:
     source = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
         raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
-    return write_text(
-        out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8")))
-    )
+    whole = path.absolute()
+    name = whole.stem if whole.is_file() else whole.name  # b.zip, but not the folder b.v1
+    return write_text(out or whole.with_name(f"{name}.html"), render(json.loads(source.read_text(encoding="utf-8"))))
 
 
 def write_history(folder: Path, out: Path | None) -> Path:

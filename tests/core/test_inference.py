@@ -10,9 +10,11 @@ import pytest
 from compressor import checkpoint
 from compressor.bundle import artifact_entry, seal
 from compressor.candidates import build
-from compressor.inference import verify_bundle
+from compressor.inference import verify_bundle, write_report
+from compressor.output import zip_folder
 from compressor.types import BuildOptions
 from targets import null
+from tests.core.pages import report
 from tests.targets.networks import PLAIN, model, pixels
 
 
@@ -57,3 +59,13 @@ def test_a_failure_beside_a_skipped_target_is_seen(bundle):
     with np.load(bundle / "golden.npz") as stored:
         np.savez(bundle / "golden.npz", **{**stored, "outputs.null": -stored["outputs.null"] - 1})
     assert verify_bundle(renamed(bundle, "third-party", "null"), None).exit_code == 1
+
+
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up")  # a zipped bundle is unpacked until it is collected
+def test_reports_of_versions_do_not_replace_each_other(bundle, tmp_path):
+    (bundle / "report.json").write_text(json.dumps(report()))
+    renamed(bundle, "null")
+    zip_folder(bundle, tmp_path / "z.v1.zip")
+    written = [write_report(bundle.rename(tmp_path / "b.v1"), None), write_report(tmp_path / "z.v1.zip", None)]
+    assert [path.name for path in written] == ["b.v1.html", "z.v1.html"]
+    assert "<html" in written[0].read_text()
