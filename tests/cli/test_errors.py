@@ -214,6 +214,14 @@ def test_without_json_the_error_is_on_stderr_only(run, tmp_path):
     assert (code, stdout) == (2, "") and stderr.startswith("vitrim: mlp_ratio must be in [0, 1), got 1.0.")
 
 
+def test_a_gate_whose_answer_cannot_be_written_measures_nothing(run, tmp_path):
+    bundles = (tmp_path / "new", "--baseline", tmp_path / "old")  # neither exists, which comes second
+    code, stdout, _ = run("gate", *bundles, "--junit", tmp_path / "no" / "gate.xml", "--json")
+    assert code == 2 and "--junit" in json.loads(stdout)["error"]["message"]
+    code, stdout, _ = run("gate", *bundles, "--junit", tmp_path / "gate.xml", "--json")
+    assert code == 2 and json.loads(stdout)["error"]["code"] == "BundleError"
+
+
 # name: (how a good bundle is broken, a part of the sentence)
 def drop(name):
     return lambda b: (b / name).unlink()
