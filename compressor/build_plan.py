@@ -10,23 +10,25 @@ Where the model is compressed a target may `check` its plans with a builder that
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 import targets
-from compressor.bundle import Bundle, artifact_entry, seal, sha256_file
+from compressor.bundle import Bundle, TargetEntry, artifact_entry, seal, sha256_file
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.intervals import proportion_interval
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
+from compressor.recipe import Recipe
 from compressor.result import Result
-from compressor.types import Artifact, BuildOptions, Model, Precision, Session, latency_ms
+from compressor.types import Array, Artifact, BuildOptions, Model, Precision, Session, latency_ms
 from compressor.verify import check_parity
 from targets._artifacts import digest
 
@@ -35,7 +37,17 @@ if TYPE_CHECKING:
 
     from compressor.quantize.refine import Refined
 
-__all__ = ["BuildJob", "build_bundle", "built", "check_bundle", "check_plan", "is_planned", "make_plan", "planner"]
+__all__ = [
+    "BuildJob",
+    "adopt",
+    "build_bundle",
+    "built",
+    "check_bundle",
+    "check_plan",
+    "is_planned",
+    "make_plan",
+    "planner",
+]
 
 RACE_SECONDS = 4.0  # of each engine's share of the race
 
@@ -185,15 +197,16 @@ def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
     require(name)
     goal = out or path
     with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-        shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
+        _copy(bundle, folder, bundle.manifest.files.keys() - _files_of(bundle, name))
         home = folder / "targets" / name
-        shutil.rmtree(home)
         engines, refused = _engines(planned, home, job.settings)
         kept, candidates, reason = _race(bundle, job, engines)
         discard(candidates, kept)
+        for timings in home.glob("*.cache"):  # a builder's, for the builds that followed: of no use in a bundle
+            timings.unlink()
         found = {**_account(name, kept, candidates, reason), "batch": job.batch, "refused": refused}
         write_json(home / "build.json", found)
-        _seal(bundle, folder, kept)
+        _seal(bundle, folder, name, artifact_entry(kept.artifact, folder), kept.golden)
     return built(goal, found)
 
 
@@ -204,6 +217,58 @@ def built(goal: Path, found: Mapping[str, Any]) -> Result:
     lines = [f"{goal}: {found['target']} {found['precision']}, {ms:.3g} ms{per}", f"  {found['reason']}"]
     lines += [f"  {precision} is not for this device: {why}" for precision, why in found["refused"].items()]
     return Result({**found, "bundle": str(goal)}, lines)
+
+
+def adopt(bundle: Bundle, complete: Bundle, name: str, folder: Path) -> None:
+    """Fill the empty `folder` with `bundle`, its plans of target `name` completed by what a device made of them.
+
+    Args:
+        bundle: ours, with the plans.
+        complete: what came back. Its files under ``targets/NAME``, its entry of that target and that target's golden
+            outputs are taken over, nothing else.
+        name: of the target.
+        folder: to be sealed.
+
+    Raises:
+        BundleError: another file was changed there, or the engine is not among the target's files or has no outputs.
+        ParityError: the outputs are not those of the model.
+    """
+    hint = "Nothing was taken over. Build on a device that you trust."
+    ours, theirs = _others(bundle, name), _others(complete, name)
+    changed = sorted(file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file))
+    if changed:
+        raise BundleError(
+            f"{name}: the device must leave other files as they were sent, got {changed[0]!r}.", hint=hint
+        )
+    entry, made = complete.manifest.targets.get(name), _files_of(complete, name)
+    if entry is None or not {entry.path, *entry.files} <= made:
+        raise BundleError(f"{name}: the device must put its engine under targets/{name}, got none there.", hint=hint)
+    golden = complete.golden.get(f"outputs.{name}")
+    if golden is None or golden.dtype.kind != "f":
+        raise BundleError(f"{name}: the device must give its engine's golden outputs, got none.", hint=hint)
+    check_parity(bundle.golden["reference"], golden, entry.precision, f"{name} {entry.precision}")
+    _copy(bundle, folder, bundle.manifest.files.keys() - _files_of(bundle, name))
+    _copy(complete, folder, made)
+    _seal(bundle, folder, name, entry, golden)
+
+
+def _files_of(bundle: Bundle, name: str) -> set[str]:
+    """The listed files of target `name`."""
+    return {file for file in bundle.manifest.files if PurePosixPath(file).is_relative_to(f"targets/{name}")}
+
+
+def _others(bundle: Bundle, name: str) -> dict[str, str]:
+    """sha256 of every listed file that a build for target `name` leaves as it is."""
+    own = {"golden.npz", *_files_of(bundle, name)}
+    return {file: entry.sha256 for file, entry in bundle.manifest.files.items() if file not in own}
+
+
+def _copy(bundle: Bundle, folder: Path, files: Iterable[str]) -> None:
+    """The listed `files` into `folder`: what else lies there, a link perhaps, is not of the bundle."""
+    for file in files:
+        goal = folder / file
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.root / file, goal)
 
 
 def _single(planned: Artifact, file: Path, settings: Mapping[str, str]) -> Artifact:
@@ -261,8 +326,18 @@ def _race(bundle: Bundle, job: BuildJob, engines: list[Artifact]) -> tuple[Candi
     candidates = tuple(
         Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
     )
-    kept, _, reason = choose(candidates, "auto", 98.0)
+    kept, _, reason = choose(candidates, *_asked(bundle.manifest.recipe, len(golden)))
     return kept, candidates, reason
+
+
+def _asked(recipe: Mapping[str, Any], count: int) -> tuple[str, float]:
+    """The precision that the manifest's `recipe` asks for, and the least percentage of `count` images that must agree.
+
+    Few images say little of a share: the least number whose 95 % interval reaches ``min_agreement`` is enough.
+    """
+    asked = Recipe(**{k: recipe[k] for k in ("precision", "min_agreement") if k in recipe})  # checked there
+    enough = (k for k in range(count) if 100 * proportion_interval(k, count)[1] >= asked.min_agreement)
+    return asked.precision, 100 * (next(enough, count) / count)
 
 
 def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reason: str) -> dict[str, Any]:
@@ -288,11 +363,10 @@ def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reas
     }
 
 
-def _seal(bundle: Bundle, folder: Path, kept: Candidate) -> None:
+def _seal(bundle: Bundle, folder: Path, name: str, entry: TargetEntry, golden: Array) -> None:
     """The golden outputs of the engine beside the others', and a manifest over everything."""
-    name = kept.artifact.target
-    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": kept.golden}
+    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": golden}
     np.savez(folder / "golden.npz", **arrays)
     content = bundle.manifest.model_dump(exclude={"schema_version", "files"})
-    content["targets"][name] = artifact_entry(kept.artifact, folder).model_dump()
+    content["targets"][name] = entry.model_dump()
     seal(folder, content)

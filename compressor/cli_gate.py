@@ -53,7 +53,7 @@ def gate(
     """Decide whether a bundle is slower than another: paired, interleaved, sequential. Exit code 0, 1 or 3."""
     from compressor.gate import GateConfig
     from compressor.gate.rules import RuleConfig
-    from compressor.gating import GateOptions, publish, run_gate
+    from compressor.gating import GateOptions, check_outputs, publish, run_gate
     from compressor.options import share
 
     rules = RuleConfig(
@@ -61,6 +61,7 @@ def gate(
     )
     limits = GateConfig(max_regression=share(max_regression) or 0.0, confidence=confidence)
     options = GateOptions(target, threads, batch, limits, rules, cross_device=cross_device)
+    check_outputs(junit, markdown, history)
     result = run_gate(candidate, baseline, stored, options)
     data = publish(result, candidate, baseline or stored, junit=junit, markdown=markdown, history=history)
     code = {"pass": 0, "fail": 1, "inconclusive": 3}[result.overall.verdict]

@@ -55,7 +55,7 @@ def is_simulated(name: str) -> bool:
 
 
 def compile_model(job: Contest, name: str, wanted: str, out_dir: Path) -> Compiled:
-    """`job.model` compiled for target `name` in the last precision that ``--precision wanted`` admits.
+    """`job.model` compiled for target `name` in the precision `wanted`, or for ``auto`` in the first that the target has.
 
     The vendor's tool quantizes by itself, calibrated on `job.pixels`.
 

@@ -140,11 +140,13 @@ def main(app: typer.Typer) -> int:
 
     def stop(signum: int, frame: object) -> None:
         asked.append(signum)
+        if signum == signal.SIGHUP:  # a closing terminal sends it more than once; cleaning up is to be finished
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts its background jobs
-        signal.signal(signal.SIGINT, stop)
+    for sign in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(sign) is not signal.SIG_IGN:  # as nohup, and a shell for its background jobs, ignore them
+            signal.signal(sign, stop)
     try:
         code = int(app(prog_name="vitrim", standalone_mode=False) or 0)
         if code == TYPER_INTERRUPTED:

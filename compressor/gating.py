@@ -18,12 +18,12 @@ from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
-from compressor.history import append, trend
+from compressor.history import append, read, trend
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
 from compressor.types import Profile
 
-__all__ = ["GateOptions", "gate_bundles", "gate_stored", "publish", "run_gate"]
+__all__ = ["GateOptions", "check_outputs", "gate_bundles", "gate_stored", "publish", "run_gate"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,25 @@ def run_gate(candidate: Path, baseline: Path | None, stored: Path | None, option
     raise ConfigError(f"gate: exactly one of --baseline and --stored must be given, got {got}.")
 
 
+def check_outputs(junit: Path | None, markdown: Path | None, history: Path | None) -> None:
+    """Refuse, before minutes of measuring, what `publish` could not write.
+
+    Raises:
+        ConfigError: a file would lie in no folder, or the history is no folder.
+        DataError: the history is damaged.
+    """
+    for option, path in (("--junit", junit), ("--markdown", markdown)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(
+                f"gate: {option} must be a file in a folder that exists, got {str(path)!r}.", hint="Create the folder."
+            )
+    if history is not None:
+        nearest = next(p for p in (history.absolute(), *history.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"gate: --history must be a folder, got {str(history)!r}.", hint=f"{nearest} is a file.")
+        read(history)
+
+
 def publish(
     result: GateResult,
     candidate: Path,
@@ -74,13 +93,13 @@ def publish(
 ) -> dict[str, Any]:
     """Write the files that were asked for, annotate where GitHub runs us, and return the ``vitrim gate --json`` object."""
     data = {"candidate": str(candidate), "baseline": str(baseline), **output.to_json(result)}
+    if history is not None:
+        append(history, data)
+        data["history"] = trend(history, data)
     if junit is not None:
         junit.write_text(output.junit(result, str(candidate)), encoding="utf-8")
     if markdown is not None:
         markdown.write_text(output.markdown(result, str(candidate), str(baseline)), encoding="utf-8")
-    if history is not None:
-        append(history, data)
-        data["history"] = trend(history, data)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(output.github(result)), file=sys.stderr)
     return data

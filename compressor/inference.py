@@ -224,6 +224,8 @@ def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Res
 def _check(bundle: Bundle, name: str) -> dict[str, Any]:
     if bundle.artifact(name).settings.get("stage") == "plan":
         return {"target": name, "passed": None, "skipped": "a build plan; complete it with vitrim build, on the device"}
+    if name not in targets.names():
+        return {"target": name, "passed": None, "skipped": "no target of this name is installed here"}
     state = targets.get(name).available()
     if not (state.available and state.runs):
         return {"target": name, "passed": None, "skipped": state.reason}
@@ -240,9 +242,9 @@ def write_report(path: Path, out: Path | None) -> Path:
     source = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
         raise BundleError(f"{path}: a bundle must hold report.json to report on.", hint="Make the bundle again.")
-    return write_text(
-        out or path.absolute().with_suffix(".html"), render(json.loads(source.read_text(encoding="utf-8")))
-    )
+    whole = path.absolute()
+    name = whole.stem if whole.is_file() else whole.name  # b.zip, but not the folder b.v1
+    return write_text(out or whole.with_name(f"{name}.html"), render(json.loads(source.read_text(encoding="utf-8"))))
 
 
 def write_history(folder: Path, out: Path | None) -> Path:

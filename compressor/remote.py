@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from time import sleep
 from typing import IO, Any
 
 from compressor import probe, replies
-from compressor.build_plan import BuildJob, built
+from compressor.build_plan import BuildJob, adopt, built
 from compressor.bundle import MAX_FILE_BYTES, Bundle, sha256_file
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.inference import Source, is_bundle, open_to_verify, verified
@@ -46,6 +46,7 @@ __all__ = ["ATTEMPTS", "Remote", "build_on", "profile_on", "race_on", "verify_on
 ATTEMPTS = 3
 OLDEST = [3, 11]
 MAX_ANSWER_BYTES = 256 << 20
+TAIL_BYTES = 1 << 16  # of what a command there complains of
 NO_SPACE = ("no space left", "quota exceeded", "disk full")
 SLACK_BYTES = 1 << 20  # folders and block rounding
 FOLDER = re.compile(r"/[\w.+/-]*/vitrim-\w+")
@@ -200,17 +201,17 @@ class Remote:
             hold: keep its input open until it has ended.
             sink: where its output goes instead.
         """
-        command = self._way.command(script)
-        with tempfile.TemporaryFile() as log:
-            try:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-            except FileNotFoundError:
-                raise TargetUnavailable(
-                    f"{self._device.url}: {command[0]} must be installed here.", hint=f"Install {command[0]}."
-                ) from None
-            out = _converse(process, feed, sink, hold=hold)
-            log.seek(0)
-            said = log.read(1 << 16).decode("utf-8", "replace")
+        command, pipe = self._way.command(script), subprocess.PIPE
+        try:
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        except FileNotFoundError:
+            raise TargetUnavailable(
+                f"{self._device.url}: {command[0]} must be installed here.", hint=f"Install {command[0]}."
+            ) from None
+        assert process.stderr is not None
+        complaints = _Tail(process.stderr)
+        out = _converse(process, feed, sink, hold=hold)
+        said = complaints.text()
         if process.returncode == 0:
             return out
         last = replies.readable((said.strip().splitlines() or ["nothing"])[-1]).rstrip(". ")
@@ -228,6 +229,25 @@ class Remote:
 
     def _advice(self) -> str:
         return f"It needs sh, mktemp, tar and Python 3.11 or later as {self._device.python}."
+
+
+class _Tail(threading.Thread):
+    """The last words of a pipe, read while it is written: what a device complains of fills neither memory nor disk."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._pipe, self._kept = pipe, b""
+        self.start()
+
+    def run(self) -> None:
+        with self._pipe:
+            while piece := self._pipe.read1(1 << 16):  # type: ignore[attr-defined]
+                self._kept = (self._kept + piece)[-TAIL_BYTES:]
+
+    def text(self) -> str:
+        """What was last said; ssh's own background process may keep the pipe open for longer."""
+        self.join(timeout=1.0)
+        return self._kept.decode("utf-8", "replace")
 
 
 def _converse(
@@ -310,9 +330,11 @@ def profile_on(
     bundle = Bundle.open(source.path)
     if source.target is not None:
         bundle.artifact(source.target)  # A wrong target is named before anything is sent
+    names = tuple(bundle.manifest.targets) if source.target is None else (source.target,)
+    allowed = {"target": names, "threads": (source.threads,), "batch": (batch,)}
     asked = {"target": source.target, "threads": source.threads, "batch": batch, "per_op": per_op, "streams": streams}
     with Remote(device, note) as there:
-        return replies.profile(there.run(_contents(bundle), "profile", asked))
+        return replies.profile(there.run(_contents(bundle), "profile", asked), allowed)
 
 
 def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Result:
@@ -320,8 +342,9 @@ def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Res
     bundle = open_to_verify(path)
     if target is not None:
         bundle.artifact(target)
+    names = bundle.manifest.targets if target is None else (target,)
     with Remote(device, note) as there:
-        checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}))
+        checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}), names)
     return verified(path, len(bundle.manifest.files), checks)
 
 
@@ -329,18 +352,20 @@ def build_on(device: Device, path: Path, job: BuildJob, out: Path | None, note: 
     """`build_plan.build_bundle` on `device`: the completed bundle is brought back to `out`, by default in place.
 
     Raises:
-        BundleError: what came back is not a bundle.
+        BundleError: what came back is not a bundle, or differs in more than that target.
+        ParityError: its outputs are not those of the model.
         TargetUnavailable: see `Remote`.
     """
     bundle, goal = Bundle.open(path), out or path
     bundle.artifact(job.target)
     with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
-        found = replies.built(there.run(_contents(bundle), "build", asdict(job)))
+        answer = there.run(_contents(bundle), "build", asdict(job))
+        found = replies.built(answer, {"target": (job.target,)})
         archive = Path(work) / BUILT
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked
         with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-            shutil.copytree(complete.root, folder, dirs_exist_ok=True)
+            adopt(bundle, complete, job.target, folder)
     return built(goal, found)
 
 

@@ -7,7 +7,7 @@ characters (it ends up on a terminal), and figures that follow from the samples 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,8 +21,12 @@ from compressor.types import OpRecord, Precision
 
 __all__ = ["Found", "built", "checks", "failure", "found", "marked", "profile", "raced", "readable"]
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Samples = Annotated[list[int], Field(min_length=1, max_length=1_000_000)]
+LARGEST = 2**63 - 1  # of an integer; numpy holds no larger one
+Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]  # sums and rates of them stay finite
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Samples = Annotated[list[Count], Field(min_length=1, max_length=1_000_000)]
+Allowed = Mapping[str, Collection[Any]]  # by key: the values that answer what was asked
 LONGEST = 2000  # characters of one text shown
 
 
@@ -33,35 +37,58 @@ class _Strict(BaseModel):
 class Found(_Strict):
     """What `compressor.probe` prints: version, packages missing, free space, and sha256 of every file by name."""
 
-    python: Annotated[list[int], Field(min_length=3, max_length=3)]
+    python: Annotated[list[Whole], Field(min_length=3, max_length=3)]
     missing: list[str]
-    free_bytes: Annotated[int, Field(ge=0)]
+    free_bytes: Whole
     files: dict[str, str]
 
 
-class _Check(_Strict):
+class _Checked(_Strict):
     target: str
-    passed: bool | None
-    skipped: str = ""
-    max_abs: Amount = 0.0
-    tolerance: Amount = 0.0
+    passed: bool
+    max_abs: Amount
+    tolerance: Amount
+
+
+class _Skipped(_Strict):
+    target: str
+    passed: None
+    skipped: str
 
 
 class _Verified(_Strict):
     bundle: str
     passed: bool
-    files: int
+    files: Whole
     signature: None
-    targets: list[_Check]
+    targets: list[_Checked | _Skipped]
+
+
+class _Latency(_Strict):
+    min: Amount
+    p50: Amount
+    p90: Amount
+    p99: Amount
+    mean: Amount
+
+
+class _Engine(_Strict):
+    precision: Precision
+    size_bytes: Whole
+    latency_ms: _Latency
+    samples_ns: Samples
+    agreement: Annotated[float, Field(ge=0, le=100)]
+    settings: dict[str, str]
+    kept: bool
 
 
 class _Built(_Strict):
     bundle: str
     target: str
     precision: Precision
-    latency_ms: dict[str, Amount]
+    latency_ms: _Latency
     reason: str
-    candidates: list[dict[str, Any]]
+    candidates: list[_Engine]
     batch: int
     refused: dict[str, str]
     device: dict[str, Any]
@@ -83,7 +110,7 @@ class _Op(_Strict):
 
 
 class _Part(_Strict):
-    block: int | None
+    block: Whole | None
     part: str
     precision: str
     placements: list[str]
@@ -93,7 +120,7 @@ class _Part(_Strict):
 
 
 class _Throughput(_Strict):
-    streams: Annotated[int, Field(ge=1)]
+    streams: Count
     images_per_s: Amount
 
 
@@ -101,17 +128,17 @@ class _Profile(_Strict):
     target: str
     precision: Precision
     device: dict[str, Any]
-    runs: int
-    warmup: Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)]
-    batch: Annotated[int, Field(ge=1)]
+    runs: Whole
+    warmup: Whole
+    threads: Count
+    batch: Count
     latency_ms: dict[str, Any]
     latency_ci95_ms: dict[str, Any]
     images_per_s: Amount
     samples_ns: Samples
     load_ms: Amount
     first_run_ms: Amount
-    peak_rss_bytes: Annotated[int, Field(ge=0)]
+    peak_rss_bytes: Whole
     conditions: dict[str, Any]
     yardstick_ns: Samples
     ops: list[_Op]
@@ -128,7 +155,7 @@ class _Node(_Strict):
 
 
 class _Raced(_Strict):
-    samples_ns: dict[str, Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1, max_length=1_000_000)]]
+    samples_ns: dict[str, Samples]
     ops: dict[str, list[_Node]]
     device: dict[str, Any]
 
@@ -173,40 +200,44 @@ def found(answer: Mapping[str, Any]) -> Found:
     return checked
 
 
-def checks(answer: Any) -> list[dict[str, Any]]:
-    """The ``targets`` of a ``vitrim verify --json`` object made there.
+def checks(answer: Any, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The ``targets`` of a ``vitrim verify --json`` object made there, one for each of `names`.
 
     Raises:
-        TargetUnavailable: it is not one.
+        TargetUnavailable: it is not that.
     """
-    _checked(TypeAdapter(_Verified), answer)
-    return list(answer["targets"])
+    found: list[dict[str, Any]] = _checked(TypeAdapter(_Verified), answer).model_dump()["targets"]
+    _answers({"targets": [check["target"] for check in found]}, {"targets": (list(names),)})
+    return found
 
 
-def built(answer: Any) -> dict[str, Any]:
-    """The ``vitrim build --json`` object made there.
+def built(answer: Any, asked: Allowed) -> dict[str, Any]:
+    """The ``vitrim build --json`` object made there, of what was `asked`.
 
     Raises:
-        TargetUnavailable: it is not one.
+        TargetUnavailable: it is not that.
     """
-    _checked(TypeAdapter(_Built), answer)
-    return dict(answer)
+    found: dict[str, Any] = _checked(TypeAdapter(_Built), answer).model_dump()
+    _answers(found, asked)
+    return found
 
 
-def profile(answer: Any) -> dict[str, Any]:
-    """The ``vitrim profile --json`` object of a profile made there; percentiles and rates are computed from its samples.
+def profile(answer: Any, asked: Allowed) -> dict[str, Any]:
+    """The ``vitrim profile --json`` object of a profile made there, of what was `asked`; percentiles and rates are computed
+    from its samples.
 
     Raises:
-        TargetUnavailable: it is not one.
+        TargetUnavailable: it is not that.
     """
-    checked = _checked(TypeAdapter(_Profile), answer)
+    found = _checked(TypeAdapter(_Profile), answer).model_dump()
+    _answers(found, asked)
     try:
-        measured = to_json(from_json(answer))
+        measured = to_json(from_json(found))
     except DataError as error:
         raise TargetUnavailable(f"the device's answer is not valid: {error}") from None
-    result = {"precision": checked.precision, **measured, "parts": answer["parts"]}
-    if checked.throughput is not None:
-        result["throughput"] = answer["throughput"]
+    result = {"precision": found["precision"], **measured, "parts": found["parts"]}
+    if found["throughput"] is not None:
+        result["throughput"] = found["throughput"]
     return result
 
 
@@ -247,6 +278,13 @@ def _checked(adapter: TypeAdapter[Any], answer: Any) -> Any:
         ) from None
 
 
+def _answers(found: Mapping[str, Any], asked: Allowed) -> None:
+    for key, allowed in asked.items():
+        if found[key] not in allowed:
+            rule = " or ".join(map(repr, allowed))
+            raise TargetUnavailable(f"the device's answer is not valid: {key} must be {rule}, got {found[key]!r}.")
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return readable(value)
@@ -256,6 +294,8 @@ def _clean(value: Any) -> Any:
         return {readable(k): _clean(v) for k, v in value.items()}
     if isinstance(value, float) and value in (float("inf"), float("-inf")):  # 1e999 is valid JSON
         raise ValueError("a number that is not finite")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError("a number of more than 64 bits")
     return value
 
 

@@ -214,6 +214,14 @@ def test_without_json_the_error_is_on_stderr_only(run, tmp_path):
     assert (code, stdout) == (2, "") and stderr.startswith("vitrim: mlp_ratio must be in [0, 1), got 1.0.")
 
 
+def test_a_gate_whose_answer_cannot_be_written_measures_nothing(run, tmp_path):
+    bundles = (tmp_path / "new", "--baseline", tmp_path / "old")  # neither exists, which comes second
+    code, stdout, _ = run("gate", *bundles, "--junit", tmp_path / "no" / "gate.xml", "--json")
+    assert code == 2 and "--junit" in json.loads(stdout)["error"]["message"]
+    code, stdout, _ = run("gate", *bundles, "--junit", tmp_path / "gate.xml", "--json")
+    assert code == 2 and json.loads(stdout)["error"]["code"] == "BundleError"
+
+
 # name: (how a good bundle is broken, a part of the sentence)
 def drop(name):
     return lambda b: (b / name).unlink()
@@ -286,10 +294,11 @@ def started(*arguments, **options):
 
 def heed_interrupts():
     """A shell starts its background jobs with SIGINT ignored, and children inherit that; a user's terminal does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for sign in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_nothing(tmp_path, sign):
     process = started(
         "compress",
@@ -311,6 +320,29 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, sign):
     assert process.returncode == 3 and "Traceback" not in err
     assert json.loads(out)["error"]["code"] == "Interrupted"
     assert [p.name for p in tmp_path.iterdir() if p.name != "c"] == []
+
+
+@pytest.mark.parametrize(("ignored", "raised"), [([], [signal.SIGHUP]), ([signal.SIGHUP], []), ([signal.SIGINT], [])])
+def test_signals_that_nohup_or_a_shell_ignores_stay_ignored(monkeypatch, ignored, raised):
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(sys, "argv", ["vitrim"])
+    stopped = []
+
+    def application(**_):
+        for sign in ignored or (signal.SIGHUP, signal.SIGHUP):  # a hangup comes twice
+            try:
+                os.kill(os.getpid(), sign)
+            except KeyboardInterrupt:
+                stopped.append(sign)
+
+    try:
+        for sign in ignored:
+            signal.signal(sign, signal.SIG_IGN)
+        console.main(application)
+        assert stopped == raised
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")

@@ -163,7 +163,7 @@ def test_a_connection_cut_for_good_is_one_sentence(server: Server, small: Path) 
     assert server.running() == [] and server.left == []  # cleaning up still got through
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_nothing_there(server: Server, small: Path, sign: signal.Signals) -> None:
     with started(server, "profile", small) as process:
         waited(server, process)

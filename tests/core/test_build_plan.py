@@ -14,6 +14,7 @@ from compressor.bundle import Bundle, artifact_entry, seal
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
 from compressor.profile import interleave
 from compressor.quantize.refine import Refined
+from compressor.types import Session
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
 PLUGIN = '''
@@ -34,6 +35,7 @@ def build_engine(artifact, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{artifact.path.stem}.engine"
     shutil.copy(artifact.path, path)
+    (out_dir / "timings.cache").write_text("what the builder measured, for the next engine")
     late = {"late": "yes"} if artifact.settings["chip"] == f"late {artifact.precision}" else {}
     return replace(artifact, path=path, files=(path,), settings={"stage": "engine", **late})
 
@@ -59,7 +61,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(site))
 
 
-def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
+def bundle(folder: Path, name: str = "planned", seed: int = 0, recipe: dict[str, object] | None = None) -> Path:
     """A sealed bundle with a plan of three precisions, as `vitrim compress` would leave it."""
     network = model(pruned(PLAIN))
     folder.mkdir()
@@ -68,7 +70,8 @@ def bundle(folder: Path, name: str = "planned", seed: int = 0) -> Path:
     plan = build_plan.make_plan(network, name, ("fp32", "fp16", "w8a8"), refined, folder / "targets" / name)
     images = pixels(PLAIN, 8)
     np.savez(folder / "golden.npz", inputs=images, reference=reference(seed, images))
-    content: dict[str, object] = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}
+    content: dict[str, object] = {key: {} for key in ("versions", "calibration", "checkpoint")}
+    content["recipe"] = recipe or {}
     content |= {"spec": asdict(network.spec), "preprocess": asdict(network.preprocess), "labels": [], "seed": 0}
     seal(folder, {**content, "targets": {name: artifact_entry(plan, folder).model_dump()}})
     return folder
@@ -148,6 +151,18 @@ def test_plan_that_nothing_can_check_is_refused(tmp_path):
         build_plan.check_bundle(bundle(tmp_path / "plan"), "planned")
 
 
+def test_what_the_manifest_does_not_list_is_not_sealed_in(tmp_path):
+    plan = bundle(tmp_path / "plan")
+    (tmp_path / "secret").write_text("not of the bundle")
+    (plan / "notes").symlink_to(tmp_path / "secret")
+    (plan / "targets" / "left-behind").write_text("not of the bundle")
+    build_plan.build_bundle(plan, BuildJob("planned"), tmp_path / "built")
+    listed = {f for f in Bundle.open(plan).manifest.files if not f.startswith("targets/")}
+    sealed = Bundle.open(tmp_path / "built").manifest.files
+    assert {f for f in sealed if not f.startswith("targets/planned/")} == listed > {"golden.npz", "model.safetensors"}
+    assert sorted(p.name for p in (tmp_path / "built").iterdir()) == sorted([*listed, "manifest.json", "targets"])
+
+
 def test_bundle_is_replaced_in_place_without_out(tmp_path):
     plan = bundle(tmp_path / "plan")
     build_plan.build_bundle(plan, BuildJob("planned"))
@@ -163,6 +178,115 @@ def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):
         build_plan.build_bundle(plan, BuildJob("planned"))
     assert (plan / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """A bundle with plans, and what an honest device makes of it."""
+    plan = bundle(tmp_path / "sent")
+    build_plan.build_bundle(plan, BuildJob("planned"), tmp_path / "returned")
+    return plan, tmp_path / "returned"
+
+
+def resealed(folder: Path, **content: object) -> Bundle:
+    """The bundle of a device that changed it, hashes and all."""
+    stored = json.loads((folder / "manifest.json").read_text())
+    seal(folder, {key: value for key, value in (stored | content).items() if key not in ("schema", "files")})
+    return Bundle.open(folder)
+
+
+def test_of_what_a_device_returns_only_the_engine_is_taken_over(sent, tmp_path):
+    with np.load(sent[1] / "golden.npz") as stored:
+        np.savez(sent[1] / "golden.npz", **{**stored, "inputs": stored["inputs"] * 0})
+    ours, theirs = Bundle.open(sent[0]), resealed(sent[1], labels=["planted"], seed=7)
+    (sent[1] / "unlisted").write_text("planted")
+    build_plan.adopt(ours, theirs, "planned", tmp_path / "out")
+    out = Bundle.open(tmp_path / "out")
+    assert out.manifest.targets == theirs.manifest.targets and out.manifest.labels == [] and out.manifest.seed == 0
+    assert out.manifest.files.keys() == theirs.manifest.files.keys()
+    assert not (tmp_path / "out" / "unlisted").exists()
+    assert (out.golden["inputs"] == ours.golden["inputs"]).all() and out.check("planned")["passed"]
+
+
+def other_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"planted")
+
+
+def extra_file(folder):
+    (folder / "run.sh").write_text("planted")
+
+
+def lost_file(folder):
+    (folder / "config.json").unlink()
+
+
+def engine_elsewhere(folder):
+    stored = json.loads((folder / "manifest.json").read_text())
+    stored["targets"]["planned"]["files"] += ["model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(stored))
+
+
+def other_outputs(folder):
+    with np.load(folder / "golden.npz") as stored:
+        np.savez(folder / "golden.npz", **{**stored, "outputs.planned": np.roll(stored["outputs.planned"], 1, 1)})
+
+
+def no_outputs(folder):
+    with np.load(folder / "golden.npz") as stored:
+        np.savez(folder / "golden.npz", inputs=stored["inputs"], reference=stored["reference"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (other_weights, BundleError, "got 'model.safetensors'"),
+        (extra_file, BundleError, "got 'run.sh'"),
+        (lost_file, BundleError, "got 'config.json'"),
+        (engine_elsewhere, BundleError, "under targets/planned"),
+        (other_outputs, ParityError, "planned"),
+        (no_outputs, BundleError, "golden outputs"),
+    ],
+)
+def test_a_device_that_changes_anything_else_is_refused(sent, tmp_path, change, error, says):
+    change(sent[1])
+    with pytest.raises(error, match=says):
+        build_plan.adopt(Bundle.open(sent[0]), resealed(sent[1]), "planned", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Flipped:
+    """A session whose first answer is another class."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.first = session, True
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs, turn, self.first = self.session.run(inputs), int(self.first), False
+        return {name: np.roll(value, turn, axis=-1) for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "excluded"),
+    [({}, True), ({"min_agreement": 80}, False), ({"precision": "fp16"}, False), ({"precision": "w8a8"}, True)],
+)
+def test_the_recipe_decides_how_much_an_engine_must_agree(tmp_path, monkeypatch, recipe, excluded):
+    plain = targets.get("planned").open
+
+    def flipping(artifact, threads=1):
+        session = plain(artifact, threads=threads)
+        return Flipped(session) if artifact.precision == "fp16" else session
+
+    monkeypatch.setattr(targets.get("planned"), "open", flipping)
+    found = build_plan.build_bundle(bundle(tmp_path / "plan", recipe=recipe), BuildJob("planned")).data
+    agreement = {row["precision"]: row["agreement"] for row in found["candidates"]}
+    assert agreement["fp16"] == 87.5  # one of eight; 97.8 % at most by its interval, short of the 98 % of the default
+    assert ("not eligible at 87.5 %" in found["reason"]) is excluded
+
+
+def test_a_recipe_that_asks_for_what_cannot_be_is_refused(tmp_path):
+    plan = bundle(tmp_path / "plan", recipe={"min_agreement": "most"})
+    with pytest.raises(ConfigError, match="min_agreement must be a percentage"):
+        build_plan.build_bundle(plan, BuildJob("planned"))
 
 
 def test_tensorrt_plan_without_tensorrt_says_what_to_install(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +13,7 @@ from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, GateVerdict, conclude
 from compressor.gate.output import GateResult, github, junit, markdown, to_json
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
+from compressor.gating import check_outputs
 from compressor.types import OpRecord
 
 SLOW = conclude([[1.12] * 8, [1.12] * 8], GateConfig())
@@ -149,6 +151,33 @@ def test_junit_counts_failures_and_errors_apart() -> None:
     assert failure.get("message") == SLOW.sentence
     fine = ElementTree.fromstring(junit(result(), "b"))
     assert (fine.get("failures"), fine.get("errors")) == ("0", "0")
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "says"),
+    [
+        ("junit", "nowhere/gate.xml", "--junit must be a file in a folder that exists"),
+        ("markdown", ".", "--markdown must be a file"),
+        ("history", "file", "--history must be a folder"),
+        ("history", "file/deeper", "--history must be a folder"),
+        ("history", "damaged", "line 1 must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, path: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/history.jsonl").write_text("{\n")
+    places: dict[str, Path | None] = {
+        "junit": tmp_path / "gate.xml",
+        "markdown": None,
+        "history": tmp_path / "a/b",
+    }
+    check_outputs(**places)
+    with pytest.raises((ConfigError, DataError), match=says):
+        check_outputs(**places | {option: tmp_path / path})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "file"]
 
 
 def test_markdown_cannot_be_broken_out_of() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from compressor import inventory, replies
+from compressor import inventory, remote, replies
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.inventory import Device
 from compressor.probe import MARK
 from compressor.profile_json import to_json
 from compressor.remote import FOLDER, NOT_SENT, _code
@@ -85,7 +86,7 @@ def test_inventory_keeps_what_was_added(tmp_path):
     assert inventory.resolve("local", file) is None and inventory.resolve(None, file) is None
     assert inventory.resolve("ssh://x", file) == inventory.Device(url="ssh://x")
     inventory.remove(file, "pi")
-    with pytest.raises(ConfigError, match="must be one of local, phone, got 'pi'"):
+    with pytest.raises(ConfigError, match="must be a URL, or one of local, phone, got 'pi'"):
         inventory.resolve("pi", file)
     with pytest.raises(ConfigError, match="got 'pi'"):
         inventory.remove(file, "pi")
@@ -111,6 +112,9 @@ def test_a_damaged_inventory_is_one_sentence(tmp_path):
         inventory.listed(file)
 
 
+ASKED = {"target": ("ort", "null"), "threads": (1,), "batch": (1,)}
+
+
 def answer() -> dict:
     """What a device answers to a profile."""
     op = OpRecord("blocks.0.fc1", "MatMul", "CPU", "fp32", 0.5)
@@ -119,11 +123,17 @@ def answer() -> dict:
 
 
 def test_a_profile_is_taken_over():
-    assert replies.profile(answer()) == answer()
+    assert replies.profile(answer(), ASKED) == answer()
+
+
+@pytest.mark.parametrize("asked", [{"target": ("openvino",)}, {"threads": (2,)}, {"batch": (8,)}])
+def test_a_profile_of_something_else_is_refused(asked):
+    with pytest.raises(TargetUnavailable, match=f"{next(iter(asked))} must be .*, got"):
+        replies.profile(answer(), {**ASKED, **asked})
 
 
 def test_percentiles_are_computed_here():
-    assert replies.profile({**answer(), "latency_ms": {"p50": 0.001}})["latency_ms"]["p50"] == 2.0
+    assert replies.profile({**answer(), "latency_ms": {"p50": 0.001}}, ASKED)["latency_ms"]["p50"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -133,6 +143,8 @@ def test_percentiles_are_computed_here():
             {"samples_ns": []},
             {"samples_ns": [1.5]},
             {"samples_ns": [-1]},
+            {"samples_ns": [10**400]},
+            {"load_ms": 1e300},
             {"precision": "fp31"},
             {"ops": [{}]},
             {"x": 1},
@@ -148,7 +160,59 @@ def test_percentiles_are_computed_here():
 )
 def test_a_profile_that_is_none_is_refused(change):
     with pytest.raises(TargetUnavailable, match="answer is not valid"):
-        replies.profile({**answer(), **change})
+        replies.profile({**answer(), **change}, ASKED)
+
+
+def check(**change) -> dict:
+    """What a device answers to a verification."""
+    found = {"target": "ort", "passed": True, "max_abs": 0.0, "tolerance": 0.1} | change
+    kept = {key: value for key, value in found.items() if value != "left out"}
+    return {"bundle": "b", "passed": True, "files": 3, "signature": None, "targets": [kept]}
+
+
+def test_a_verification_is_taken_over():
+    assert replies.checks(check(), ["ort"]) == check()["targets"]
+    skipped = {"target": "trt", "passed": None, "skipped": "not installed"}
+    assert replies.checks({**check(), "targets": [skipped]}, ["trt"]) == [skipped]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_abs": "left out"}, {"tolerance": "left out"}, {"max_abs": 10**400}, {"passed": None}, {"target": "trt"}],
+)
+def test_a_verification_that_is_none_is_refused(change):
+    with pytest.raises(TargetUnavailable, match="answer is not valid"):
+        replies.checks(check(**change), ["ort"])
+
+
+def test_a_verification_of_fewer_targets_is_refused():
+    with pytest.raises(TargetUnavailable, match=r"targets must be \['ort', 'trt'\], got \['ort'\]"):
+        replies.checks(check(), ["ort", "trt"])
+
+
+def engine(**change) -> dict:
+    """What a device answers to a build."""
+    ms = {"min": 1.0, "p50": 1.5, "p90": 2.0, "p99": 2.0, "mean": 1.5}
+    row = {"precision": "fp32", "size_bytes": 9, "latency_ms": ms, "samples_ns": [1_000_000, 2_000_000]}
+    rows = [{**row, "agreement": 100.0, "settings": {"stage": "engine"}, "kept": True}]
+    found = {"bundle": "b", "target": "trt", "precision": "fp32", "latency_ms": ms, "reason": "the only one"}
+    return {**found, "candidates": rows, "batch": 1, "refused": {}, "device": {}, **change}
+
+
+def test_a_build_is_taken_over():
+    assert replies.built(engine(), {"target": ("trt",)}) == engine()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"latency_ms": {"mean": 1.0}}, {"latency_ms": {**engine()["latency_ms"], "p50": 10**400}}),
+        *({"target": "ort"}, {"candidates": [{}]}, {"precision": "fp31"}, {"device": []}),
+    ],
+)
+def test_a_build_that_is_none_is_refused(change):
+    with pytest.raises(TargetUnavailable, match="answer is not valid"):
+        replies.built(engine(**change), {"target": ("trt",)})
 
 
 def test_only_the_last_marked_line_is_read_and_cleaned():
@@ -157,7 +221,7 @@ def test_only_the_last_marked_line_is_read_and_cleaned():
     assert replies.marked("Welcome\n") is None
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"a": NaN}', '{"a": 1e999}', "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"a": NaN}', f'{{"a": [-1{"0" * 400}]}}', '{"a": 1e999}', "[" * 100_000])
 def test_an_answer_that_is_no_object_is_refused(line):
     with pytest.raises(TargetUnavailable, match="answer must be"):
         replies.marked(MARK + line)
@@ -169,6 +233,19 @@ def test_a_failure_is_the_class_it_was_and_never_another():
     assert type(failed) is BundleError and str(failed) == "ssh://board: b: broken." and failed.hint == "Copy it."
     for code in ("unknown_name", "difflib", "__class__", "SystemExit"):
         assert type(replies.failure({**said, "code": code}, "x")) is TargetUnavailable
+
+
+def test_of_endless_complaints_only_the_last_words_are_kept(tmp_path, monkeypatch):
+    ssh = tmp_path / "ssh"  # of a device that writes 20 MB of complaints
+    ssh.write_text("#!/bin/sh\nyes complaint | head -c 20000000 >&2\necho its last words >&2\nexit 1\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    kept = []
+    text = remote._Tail.text
+    monkeypatch.setattr(remote._Tail, "text", lambda tail: kept.append(text(tail)) or kept[-1])
+    with pytest.raises(TargetUnavailable, match="failed: its last words"), remote.Remote(Device(url="ssh://b"), print):
+        pass
+    assert [len(said) for said in kept] == [remote.TAIL_BYTES]
 
 
 @pytest.mark.parametrize("path", ["/tmp/vitrim-abc;id", "/tmp/$(id)/vitrim-abc", "tmp/vitrim-abc", "/tmp/other", "/"])
