@@ -69,10 +69,12 @@ def int8_share(
 
 
 def _multiplied(nodes: Sequence[OpRecord]) -> list[str]:
-    """Precisions of the products among the nodes of one part; of the longest node where a fused one hides them."""
+    """Precisions of the products among the nodes of one part; where a fused node hides them, of the one that is named after
+    an attention product, else of the longest."""
     products = [op for op in nodes if any(op.type.startswith(p) or op.type.endswith(p) for p in PRODUCTS)]
+    named = [op for op in nodes if op.name.rpartition(".")[2] in ("scores", "values")]
     longest = sorted(nodes, key=lambda op: op.time_ms)[-1:]
-    return [name for op in products or longest for name in op.precision.split("+")] or ["not seen"]
+    return [name for op in products or named or longest for name in op.precision.split("+")] or ["not seen"]
 
 
 def _integer_part(precisions: Sequence[str], place: Place, spec: VitSpec) -> float:
