@@ -280,7 +280,8 @@ def profile(
 
     asked, where = Source(source, target, threads, arch), resolve(device, default_file())
     if where is None:
-        data = profile_source(asked, batch=batch, per_op=per_op, streams=streams)
+        with console.working("profile"):
+            data = profile_source(asked, batch=batch, per_op=per_op, streams=streams)
     else:
         from compressor.remote import profile_on
 
@@ -345,7 +346,8 @@ def verify(
 
     where = resolve(device, default_file())
     if where is None:
-        return verify_bundle(bundle, target)
+        with console.working("verify"):
+            return verify_bundle(bundle, target)
     from compressor.remote import verify_on
 
     return verify_on(where, bundle, target, console.note)

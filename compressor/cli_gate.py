@@ -62,7 +62,7 @@ def gate(
     limits = GateConfig(max_regression=share(max_regression) or 0.0, confidence=confidence)
     options = GateOptions(target, threads, batch, limits, rules, cross_device=cross_device)
     check_outputs(junit, markdown, history)
-    result = run_gate(candidate, baseline, stored, options)
+    result = run_gate(candidate, baseline, stored, options, console.progress)
     data = publish(result, candidate, baseline or stored, junit=junit, markdown=markdown, history=history)
     code = {"pass": 0, "fail": 1, "inconclusive": 3}[result.overall.verdict]
     return Result(data, [result.overall.sentence], code)

@@ -51,6 +51,13 @@ class Console:
         self._bars.update(self._tasks[stage], completed=done, total=total)
 
     @contextmanager
+    def working(self, stage: str) -> Iterator[None]:
+        """A bar for work whose steps cannot be counted."""
+        self.progress(stage, 0, 1)
+        yield
+        self.progress(stage, 1, 1)
+
+    @contextmanager
     def live(self) -> Iterator[None]:
         """Progress bars while inside."""
         if self.quiet or not sys.stderr.isatty():

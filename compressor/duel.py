@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from random import Random
@@ -24,7 +24,7 @@ from compressor.profile import ProfileConfig, timer
 from compressor.profile_json import from_json
 from compressor.types import Profile
 
-__all__ = ["Contender", "Duel", "DuelConfig", "Pair", "Worker", "duel", "profile_fresh"]
+__all__ = ["Contender", "Duel", "DuelConfig", "Pair", "Progress", "Worker", "duel", "profile_fresh", "silent"]
 
 OPEN_BUNDLE = "compressor.worker:open_bundle"
 TURN_MS = 2.0  # a turn is one inference, or as many as take this long: talking to a process costs about 0.1 ms
@@ -162,7 +162,20 @@ class Worker:
         self.close()
 
 
-def duel(candidate: Contender, baseline: Contender, gate: GateConfig, config: DuelConfig | None = None) -> Duel:
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress of a duel that nobody watches."""
+
+
+def duel(
+    candidate: Contender,
+    baseline: Contender,
+    gate: GateConfig,
+    config: DuelConfig | None = None,
+    progress: Progress = silent,
+) -> Duel:
     """The verdict on `candidate` against `baseline`: pairs are measured until the gate has decided or the budget is
     spent.
 
@@ -171,6 +184,7 @@ def duel(candidate: Contender, baseline: Contender, gate: GateConfig, config: Du
         baseline: what it is compared with.
         gate: limit and confidence.
         config: how a pair is timed.
+        progress: called after every pair with ("pairs", pairs measured, pairs at most).
     """
     config, elapsed = config or DuelConfig(), timer()
     coins, runs = Random(gate.seed), [list[Pair]()]
@@ -180,6 +194,8 @@ def duel(candidate: Contender, baseline: Contender, gate: GateConfig, config: Du
         if runs[0] and elapsed() > config.budget_s:
             break
         runs[-1].append(_pair(candidate, baseline, coins, config))
+        progress("pairs" if len(runs) == 1 else "pairs, confirming", len(runs[-1]), gate.max_pairs)
+    progress("pairs", gate.max_pairs, gate.max_pairs)  # most often it needs far fewer
     kept = [run for run in runs if run]
     verdict = conclude([[p.ratio for p in run] for run in kept], gate)
     return Duel(verdict, tuple(tuple(run) for run in kept), elapsed())

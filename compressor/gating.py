@@ -13,7 +13,7 @@ from typing import Any
 from compressor.bundle import Bundle
 from compressor.compiled import is_simulated
 from compressor.device import fingerprint
-from compressor.duel import Contender, DuelConfig, duel, profile_fresh
+from compressor.duel import Contender, DuelConfig, Progress, duel, profile_fresh, silent
 from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
@@ -49,14 +49,16 @@ class GateOptions:
     cross_device: bool = False
 
 
-def run_gate(candidate: Path, baseline: Path | None, stored: Path | None, options: GateOptions) -> GateResult:
+def run_gate(
+    candidate: Path, baseline: Path | None, stored: Path | None, options: GateOptions, progress: Progress = silent
+) -> GateResult:
     """`gate_bundles` or `gate_stored`, whichever of `baseline` and `stored` is given.
 
     Raises:
         ConfigError: both or neither are.
     """
     if baseline is not None and stored is None:
-        return gate_bundles(candidate, baseline, options)
+        return gate_bundles(candidate, baseline, options, progress)
     if stored is not None and baseline is None:
         return gate_stored(candidate, stored, options)
     got = "neither" if baseline is None else "both"
@@ -105,7 +107,9 @@ def publish(
     return data
 
 
-def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptions) -> GateResult:
+def gate_bundles(
+    candidate: str | Path, baseline: str | Path, options: GateOptions, progress: Progress = silent
+) -> GateResult:
     """What changed from `baseline` to `candidate`, both run here and now in alternating fresh processes.
 
     Raises:
@@ -120,7 +124,8 @@ def gate_bundles(candidate: str | Path, baseline: str | Path, options: GateOptio
             hint="A simulator's speed says nothing about the chip; compare the estimates of `vitrim profile`.",
         )
     sides = {name: _contender(bundle, target, options) for name, bundle in bundles.items()}
-    fought = duel(sides["candidate"], sides["baseline"], options.gate, replace(options.duel, threads=options.threads))
+    timing = replace(options.duel, threads=options.threads)
+    fought = duel(sides["candidate"], sides["baseline"], options.gate, timing, progress)
     findings: tuple[Finding, ...] = ()
     if options.rules != RuleConfig():
         facts = {name: _facts(bundle, target, sides[name], options) for name, bundle in bundles.items()}
@@ -135,8 +140,14 @@ def gate_stored(candidate: str | Path, stored: str | Path, options: GateOptions)
 
     Raises:
         DataError: `stored` is not such an object.
-        ConfigError: it was measured on another machine, with other threads, batch or target.
+        ConfigError: it was measured on another machine, with other threads, batch or target; or there are rules about
+            more than latency, which is all a profile knows.
     """
+    if options.rules != RuleConfig():
+        raise ConfigError(
+            "gate: rules about accuracy, size, memory, int8 or fallbacks must be given with --baseline, got --stored.",
+            hint="Compare with the baseline's bundle.",
+        )
     before = _stored(Path(stored))
     bundle = Bundle.open(candidate)
     target = options.target or before.target or bundle.default_target

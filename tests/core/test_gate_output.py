@@ -13,7 +13,7 @@ from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, GateVerdict, conclude
 from compressor.gate.output import GateResult, github, junit, markdown, to_json
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
-from compressor.gating import check_outputs
+from compressor.gating import GateOptions, check_outputs, run_gate
 from compressor.types import OpRecord
 
 SLOW = conclude([[1.12] * 8, [1.12] * 8], GateConfig())
@@ -197,3 +197,11 @@ def test_github_annotations_are_one_line_each_at_the_right_level() -> None:
     assert lines[0].startswith("::error title=vitrim gate (latency)::Slower")
     assert lines[1].endswith("%0A::error::stop 5 %25")
     assert github(result())[0].startswith("::notice ")
+
+
+def test_rules_that_a_stored_profile_cannot_answer_are_refused_and_not_passed_over(tmp_path: Path) -> None:
+    options = GateOptions(rules=RuleConfig(max_drop=0.5))
+    with pytest.raises(ConfigError, match="must be given with --baseline"):
+        run_gate(tmp_path / "b", None, tmp_path / "profile.json", options)
+    with pytest.raises(DataError, match="readable JSON"):  # the control: without rules it goes on to read the profile
+        run_gate(tmp_path / "b", None, tmp_path / "profile.json", GateOptions())
