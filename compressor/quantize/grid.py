@@ -1,4 +1,4 @@
-"""Integer grids: pure functions from numbers to integers and back, as ONNX QuantizeLinear and DequantizeLinear do it.
+"""Grids of integers or 8-bit floats: from numbers to the grid and back, as ONNX QuantizeLinear and DequantizeLinear do it.
 
 All arithmetic is float32 with a true division and round-half-even, which is what the runtimes compute; multiplying by a
 reciprocal, as several libraries do, moves values that lie on a rounding boundary.
