@@ -15,6 +15,8 @@ from compressor.result import Result
 
 __all__ = ["examine", "install"]
 
+SHORT = {"trt-rtx": "tensorrt-rtx"}  # as the vendor's packages abbreviate it
+
 
 def examine() -> Result:
     """The ``vitrim doctor --json`` object and its page; never fails because something is missing."""
@@ -54,6 +56,7 @@ def install(name: str, note: Callable[[str], None]) -> Result:
         ConfigError: the target has no environment of its own; the hint says what to install instead.
         TargetUnavailable: the installation failed.
     """
+    name = SHORT.get(name, name)
     target = targets.get(name)
     make = getattr(target, "install", None)
     if make is None:
