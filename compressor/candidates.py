@@ -185,9 +185,12 @@ def contest(job: Contest, name: str, wanted: str, out_dir: Path) -> Outcome:
         sessions |= {label: target.open(artifact, threads=job.threads) for label, artifact in artifacts.items()}
         feed = {reference.inputs[0].name: job.golden[:1]}
         timing = ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions))
+        proven = {
+            label: _prove(job, label, sessions[label], a) for label, a in artifacts.items()
+        }  # before anything is timed
         raced = job.race({"reference": reference, **artifacts}, sessions, feed, timing)
         times = raced.samples_ns
-        candidates = tuple(_candidate(job, label, sessions[label], a, times[label]) for label, a in artifacts.items())
+        candidates = tuple(Candidate(n, a, proven[n][0], times[n], proven[n][1]) for n, a in artifacts.items())
         kept, reverted, reason = choose(candidates, wanted, job.min_agreement)
         ops, before = raced.ops(kept.label), raced.ops("reference")
     discard(candidates, kept)
@@ -226,14 +229,11 @@ def _plans(refined: Refined | None, precision: Precision, name: str) -> dict[str
     return plans
 
 
-def _candidate(
-    job: Contest, label: str, session: Session, artifact: Artifact, samples_ns: tuple[int, ...]
-) -> Candidate:
+def _prove(job: Contest, label: str, session: Session, artifact: Artifact) -> tuple[Parity, Array]:
+    """Parity on the calibration inputs, which must hold, and the golden outputs."""
     got = logits(session, artifact, job.pixels)
-    where = f"{artifact.target} {label}"
-    result = check_parity(job.expected, got, artifact.precision, where)
-    golden = np.concatenate([logits(session, artifact, x[None]) for x in job.golden])
-    return Candidate(label, artifact, result, samples_ns, golden)
+    parity = check_parity(job.expected, got, artifact.precision, f"{artifact.target} {label}")
+    return parity, np.concatenate([logits(session, artifact, x[None]) for x in job.golden])
 
 
 def choose(candidates: tuple[Candidate, ...], wanted: str, min_agreement: float) -> tuple[Candidate, bool, str]:

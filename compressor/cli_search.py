@@ -24,7 +24,7 @@ app = typer.Typer(rich_markup_mode=None)
 def search_sizes(
     console: Console,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compress.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Bundle to write.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Bundle to write (default: only say which is best).")] = None,
     data: Annotated[str, typer.Option(help="Calibration images; every fifth judges and is not fitted to.")] = "demo",
     target: Annotated[str, typer.Option(help="Target that decides.")] = "ort",
     max_latency: Annotated[
@@ -50,12 +50,15 @@ def search_sizes(
     from compressor.output import file_or_folder
     from compressor.pipeline import Tools
     from compressor.recipe import Recipe
-    from compressor.search import Budget, search
+    from compressor.search import Budget, explore, search
 
     chosen = {"precision": precision, "calib_size": calib_size, "arch": arch, "seed": seed, "threads": threads}
     recipe = Recipe(model, data, (target,), eval, **chosen)  # type: ignore[arg-type]
     budget = Budget(milliseconds(max_latency), max_drop, shares(sizes))
     tools = Tools(Cache(None if no_cache else default_folder()), console.progress)
+    if out is None:
+        _, tried = explore(recipe, budget, tools)
+        return Result({"bundle": None, "search": tried}, show.searched(tried))
     with file_or_folder(out, force=force, zipped=out.suffix == ".zip") as folder:
         found = search(recipe, budget, folder, tools)
     found = {"bundle": str(out), **found}

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from calibration import data
 from compressor import checkpoint
 from compressor.cache import Cache, key
 from compressor.quantize import QuantizeConfig, simulate
-from compressor.quantize.importance import token_importance
+from compressor.quantize.importance import Importance, token_importance
 from compressor.quantize.refine import LayerReport, RefineConfig, Refined, refine
 from compressor.quantize.sensitivity import Sensitivity, sensitivity
-from compressor.stages import Progress, batches, model_digest
+from compressor.stages import Progress, batches, model_digest, module_logits, torch_logits
 from compressor.types import Array, Model, Precision, QParams, Quantization
 from compressor.vit import to_torch
 
@@ -82,26 +81,31 @@ class Quantizer:
         stage = f"calibrate {config.precision}"
 
         def make(folder: Path) -> None:
-            few = self.images.subset(range(min(IMPORTANCE_IMAGES, len(self.images))))
-            importance = token_importance(to_torch(model), batches(few, model, self.progress, f"{stage}, importance"))
             pixels = batches(self.images, model, self.progress, f"{stage}, images")
             layers = partial(self.progress, f"{stage}, layers")
-            write(refine(model, pixels, RefineConfig(config), importance, layers), folder)
+            write(refine(model, pixels, RefineConfig(config), self.importance, layers), folder)
 
         folder, reused = self.cache.fetch(name, make)
         if reused:
             self.progress(f"{stage} (reused)", 1, 1)
         return read(folder, config.precision)
 
+    @cached_property
+    def importance(self) -> Importance:
+        """Of every token, for every configuration alike."""
+        few = self.images.subset(range(min(IMPORTANCE_IMAGES, len(self.images))))
+        return token_importance(to_torch(self.model), batches(few, self.model, self.progress, "calibrate, importance"))
+
+    @cached_property
+    def classes(self) -> Array:
+        """(n,) of `pixels`, by the float model."""
+        found: Array = torch_logits(self.model, self.pixels).argmax(1)
+        return found
+
     def agreement(self, refined: Refined) -> float:
         """Percent of `pixels` that get the float model's class in simulation."""
-        exact, coarse = to_torch(self.model), simulate(refined.model, refined.quantization)
-        same = 0
-        with torch.inference_mode():
-            for i in range(0, len(self.pixels), 32):
-                x = torch.from_numpy(self.pixels[i : i + 32])
-                same += int((exact(x).argmax(1) == coarse(x).argmax(1)).sum())
-        return 100 * same / len(self.pixels)
+        coarse = module_logits(simulate(refined.model, refined.quantization), self.pixels)
+        return 100 * float((coarse.argmax(1) == self.classes).mean())
 
 
 def _weights(table: tuple[Sensitivity, ...], sites: list[str]) -> list[str]:

@@ -80,6 +80,20 @@ def search(recipe: Recipe, budget: Budget, folder: Path, tools: Tools) -> dict[s
         ConfigError: several targets, sizes already set, or a pruner that has no budget.
         BudgetError: no size is inside the budget, or the bundle made of the best one is not.
     """
+    picked, found = explore(recipe, budget, tools)
+    best = replace(_sized(recipe, picked.target_macs), precision=picked.precision)
+    made = compress(best, folder, tools, {"search": found})
+    _hold(made, picked, budget)
+    return made
+
+
+def explore(recipe: Recipe, budget: Budget, tools: Tools) -> tuple[Point, dict[str, Any]]:
+    """The best size inside the budget, and ``search{points, picked, sentence, budget}``; no bundle is made.
+
+    Raises:
+        ConfigError: see `search`.
+        BudgetError: no size is inside the budget.
+    """
     if len(recipe.targets) != 1 or recipe.prunes or recipe.pruner != "obs":
         raise ConfigError(
             "search must have one target, the pruner obs, and no size options: sizes are what it tries.",
@@ -102,10 +116,7 @@ def search(recipe: Recipe, budget: Budget, folder: Path, tools: Tools) -> dict[s
         f"{picked.n} held-out images keep their class when tried; picked from {len(points)} sizes."
     )
     rows = [{**asdict(p), "on_front": p in best} for p in points]
-    extras = {"search": {"points": rows, "picked": asdict(picked), "sentence": sentence, "budget": asdict(budget)}}
-    made = compress(replace(_sized(recipe, picked.target_macs), precision=picked.precision), folder, tools, extras)
-    _hold(made, picked, budget)
-    return made
+    return picked, {"points": rows, "picked": asdict(picked), "sentence": sentence, "budget": asdict(budget)}
 
 
 def _sized(recipe: Recipe, size: float) -> Recipe:

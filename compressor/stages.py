@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import targets
 from calibration import data
@@ -175,10 +177,8 @@ def torch_logits(model: Model, pixels: Array) -> Array:
     return module_logits(to_torch(model), pixels)
 
 
-def module_logits(module: VisionTransformer, pixels: Array, batch: int = 50) -> Array:
+def module_logits(module: Callable[[Tensor], Tensor], pixels: Array, batch: int = 50) -> Array:
     """`torch_logits` of a module that was made before, for callers with many batches."""
-    import torch
-
     with torch.inference_mode():
         return np.concatenate(
             [module(torch.from_numpy(pixels[i : i + batch])).numpy() for i in range(0, len(pixels), batch)]

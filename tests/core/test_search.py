@@ -110,6 +110,6 @@ def test_values_as_typed():
     for bad in ("fast", "5 m"):
         with pytest.raises(ConfigError):
             milliseconds(bad)
-    assert (number_or_auto("0.3"), number_or_auto("auto")) == (0.3, None)
+    assert (number_or_auto("0.3"), number_or_auto("auto")) == (0.3, "auto")
     with pytest.raises(ConfigError, match="number or auto"):
         number_or_auto("some")
