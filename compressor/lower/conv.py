@@ -192,8 +192,9 @@ class _Conv:
         centred = g.op(f"{name}.centred", "Sub", scores, self._peak(f"{name}.peak", scores))
         e = g.op(f"{name}.exp", "Exp", centred)  # in (0, 1]: int8 is enough
         e = self._regroup(f"{name}.exp.rows", e, h, (1, rows, t))
-        e = g.op(f"{name}.exp.transpose", "Transpose", e, perm=(0, 1, 3, 2))
-        o = self._regroup(f"{name}.values.heads", g.op(f"{name}.values", "MatMul", v, e), 1, (h, width + 1, rows))
+        o = g.op(f"{name}.values", "MatMul", e, g.op(f"{name}.v.transpose", "Transpose", v, perm=(0, 1, 3, 2)))
+        o = g.op(f"{name}.values.transpose", "Transpose", o, perm=(0, 1, 3, 2))
+        o = self._regroup(f"{name}.values.heads", o, 1, (h, width + 1, rows))
         inverse = g.op(f"{name}.inverse", "Reciprocal", g.slice(f"{name}.sum", o, 2, width, width + 1))
         return g.op(f"{name}.divided", "Mul", g.slice(f"{name}.weighted", o, 2, 0, width), inverse)
 
