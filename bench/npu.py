@@ -234,6 +234,8 @@ def compare(job: Job) -> None:
                 continue
             told = row(f"{job.target} {precision} {job.label} {form}", artifact, time.perf_counter() - started)
             print(told, job.accuracy(model, artifact), flush=True)
+            if "ranges_measured" in artifact.settings:
+                print(f"{'':<36} {artifact.settings['ranges_measured']}", flush=True)
             costs[form] = cost(_estimate.read(artifact))[0]
     for slow, fast in (("plain", "ours"), ("ours", "half")):
         if costs.get(slow) and costs.get(fast):
