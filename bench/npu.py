@@ -1,15 +1,18 @@
 """Plain export against vitrim's form, and dense against pruned, on every NPU compiler that is installed here.
 
     python bench/npu.py [--target bpu] [--depth 2] [--size tiny] [--forms plain ours half] [--effort O2] [--images 100]
+                        [--model demo] [--precision w8a8]
 
 plain  torch's own export of the network as timm writes it: one qkv linear, a 16 x 16 patch convolution, softmax(q k) v. At
        opset 18 or 20 by torch.export; at opset 11, which it cannot reach, by tracing, its constants folded.
 ours   what `vitrim compress` builds.
-half   ours, with half of every MLP removed, and half of the heads, or of every head where their number is odd; DeiT shape only.
+half   ours, pruned. DeiT shape: half of every MLP, and half of the heads, or of every head where their number is odd. Trained
+       model: half of every MLP and of every head's dimensions, by `compress`'s pruner on the calibration images.
 
 Latencies and cycles are the vendor's estimates, never measurements, and the same effort of the compiler is used for every
-graph. The DeiT shapes have random weights: only placement and estimates are read from them. Agreement with float is measured
-on the embedded model, on evaluation images; the compiler calibrates on calibration images.
+graph. The DeiT shapes have random weights: only placement and estimates are read from them. A trained model (the embedded one, or
+any other of its images) is calibrated on calibration images; on evaluation images the compiler's own quantized model, in its
+simulator, is held against float, pruned like it: how often both choose one class, and the top-1 of both.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -33,6 +37,7 @@ from calibration import data
 from compressor import checkpoint
 from compressor.errors import VitrimError
 from compressor.lower import lower
+from compressor.prune import ObsConfig, obs
 from compressor.stages import torch_logits
 from compressor.types import Array, Artifact, BlockSpec, BuildOptions, Model, Precision, Preprocess, VitSpec
 from targets import _estimate, bpu
@@ -138,27 +143,63 @@ def export(model: Model, opset: int) -> onnx_ir.Model:
         return graph
 
 
-def load(model: Model, source: str, count: int) -> Array:
+def pruned(model: Model, calibration: Array) -> Model:
+    """The trained `model` with half of every MLP and half of every head's dimensions removed, in multiples of 8."""
+    return obs.prune(
+        model, lambda: iter(np.split(calibration, 2)), ObsConfig(0.5, 0.5, 0.5, width_multiple=8), "cpu"
+    ).model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network for one compiler; `trained` brings the evaluation images and their labels."""
+
+    target: str
+    label: str
+    model: Model
+    calibration: Array
+    trained: tuple[Array, Array] | None
+    args: argparse.Namespace
+
+    def build(self, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+        if self.target == "bpu":
+            return bpu.compile_graph(graph, options, self.args.effort)
+        return targets.get(self.target).build(graph, options)
+
+    def forms(self) -> Iterator[tuple[str, Model, onnx_ir.Model]]:
+        """Every form wanted: its name, the float model it is held against, the graph."""
+        form = targets.get(self.target).CAPABILITIES
+        for wanted in self.args.forms:
+            if wanted == "half":
+                args = self.args
+                small = pruned(self.model, self.calibration) if self.trained else deit(args.size, args.depth, 0.5)
+                yield wanted, small, lower(small, form)
+            else:
+                yield (
+                    wanted,
+                    self.model,
+                    export(self.model, form.opset) if wanted == "plain" else lower(self.model, form),
+                )
+
+    def accuracy(self, model: Model, artifact: Artifact) -> str:
+        """How many images float and the artifact put in one class, and the top-1 of both in per cent."""
+        if self.trained is None:
+            return f"{'-':>11} {'-':>15}"
+        pixels, labels = self.trained
+        got = targets.get(self.target).open(artifact).run({"pixels": pixels})["logits"].argmax(1)
+        wanted = torch_logits(model, pixels).argmax(1)
+        same = f"{int((got == wanted).sum())}/{len(pixels)}"
+        return f"{same:>11} {100 * (wanted == labels).mean():>6.2f} > {100 * (got == labels).mean():>6.2f}"
+
+
+def load(model: Model, source: str, count: int) -> tuple[Array, Array]:
+    """Preprocessed images and their labels."""
     images = data.open_images(source, limit=count)
-    return np.concatenate(list(data.batches(images, model.preprocess, 50)))[:count]
+    assert images.labels is not None
+    return np.concatenate(list(data.batches(images, model.preprocess, 50))), np.asarray(images.labels)
 
 
 # --------------------------------------------------------------------------- the table
-
-
-def build(graph: onnx_ir.Model, name: str, options: BuildOptions, effort: str) -> Artifact:
-    return bpu.compile_graph(graph, options, effort) if name == "bpu" else targets.get(name).build(graph, options)
-
-
-def graphs(name: str, label: str, model: Model, args: argparse.Namespace) -> Iterator[tuple[str, onnx_ir.Model]]:
-    form = targets.get(name).CAPABILITIES
-    for wanted in args.forms:
-        if wanted == "plain":
-            yield wanted, export(model, form.opset)
-        elif wanted == "ours":
-            yield wanted, lower(model, form)
-        elif label != "embedded":
-            yield wanted, lower(deit(args.size, args.depth, 0.5), form)
 
 
 def cost(found: _estimate.Estimate) -> tuple[float, str]:
@@ -168,57 +209,57 @@ def cost(found: _estimate.Estimate) -> tuple[float, str]:
     return sum(piece.get("cycles", 0) for piece in found.subgraphs) / 1e6, "Mcycles"
 
 
-def agreement(model: Model, name: str, artifact: Artifact, count: int) -> str:
-    pixels = load(model, "demo:eval", count)
-    got = targets.get(name).open(artifact).run({"pixels": pixels})["logits"]
-    same = int((got.argmax(1) == torch_logits(model, pixels).argmax(1)).sum())
-    return f"{same}/{len(pixels)}"
-
-
-def row(label: str, artifact: Artifact, seconds: float, same: str) -> str:
+def row(label: str, artifact: Artifact, seconds: float) -> str:
     found = _estimate.read(artifact)
     counted, unit = cost(found)
     size = sum(f.stat().st_size for f in artifact.files if f.suffix in (".bin", ".rknn"))
     told = f"{counted:.3f} {unit}" if counted else "-"
     return (
         f"{label:<36} {told:>15} {len(found.subgraphs):>9} {len(found.cpu_ops):>7} {100 * found.npu_mac_share:>10.1f}"
-        f" {size / 1e6:>6.1f} {seconds:>7.0f} {same:>11}"
+        f" {size / 1e6:>6.1f} {seconds:>7.0f}"
     )
 
 
-def compare(name: str, label: str, model: Model, calibration: Array, args: argparse.Namespace) -> None:
-    precision: Precision = targets.get(name).CAPABILITIES.precisions[0]
+def compare(job: Job) -> None:
+    precision: Precision = job.args.precision or targets.get(job.target).CAPABILITIES.precisions[0]
     costs = {}
-    for form, graph in graphs(name, label, model, args):
+    for form, model, graph in job.forms():
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            options = BuildOptions(Path(folder), precision, calibration=(calibration,))
+            options = BuildOptions(Path(folder), precision, calibration=(job.calibration,))
             try:
-                artifact = build(graph, name, options, args.effort)
+                artifact = job.build(graph, options)
             except VitrimError as error:
-                print(f"{f'{name} {label} {form}':<36} does not build: {error}", flush=True)
+                print(f"{f'{job.target} {job.label} {form}':<36} does not build: {error}", flush=True)
                 continue
-            seconds = time.perf_counter() - started
-            same = agreement(model, name, artifact, args.images) if label == "embedded" else "-"
-            print(row(f"{name} {precision} {label} {form}", artifact, seconds, same), flush=True)
+            told = row(f"{job.target} {precision} {job.label} {form}", artifact, time.perf_counter() - started)
+            print(told, job.accuracy(model, artifact), flush=True)
+            if "ranges_measured" in artifact.settings:
+                print(f"{'':<36} {artifact.settings['ranges_measured']}", flush=True)
             costs[form] = cost(_estimate.read(artifact))[0]
     for slow, fast in (("plain", "ours"), ("ours", "half")):
         if costs.get(slow) and costs.get(fast):
             print(f"{'':<36} {slow} / {fast}: {costs[slow] / costs[fast]:.2f}", flush=True)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the DeiT shape; 0 leaves it out")
     parser.add_argument("--size", choices=WIDTHS, default="tiny")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--effort", default="O2", help="of HBDK; O0 compiles in seconds and its latency means nothing")
-    help_images = "evaluation images of the embedded model; 0 leaves it out"
+    parser.add_argument("--precision", choices=("w8a8", "w8a16"), help="default: what `compress` builds first")
+    parser.add_argument("--model", default="demo", help="trained on the embedded images' classes")
+    help_images = "evaluation images of the trained model; 0 leaves it out"
     parser.add_argument("--images", type=int, default=100, help=help_images)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
     columns = f"{'estimate':>15} {'subgraphs':>9} {'CPU ops':>7} {'% MACs NPU':>10} {'MB':>6} {'build s':>7}"
-    print(f"{'':<36} {columns} {'agreement':>11}", flush=True)
+    print(f"{'':<36} {columns} {'agreement':>11} {'top-1 %':>15}", flush=True)
     for name in args.target or TARGETS:
         state = targets.get(name).available()
         if not state.available:
@@ -226,10 +267,12 @@ def main() -> None:
             continue
         if args.depth:
             noise = np.random.default_rng(1).standard_normal((2, 3, 224, 224)).astype(np.float32)
-            compare(name, f"DeiT-{args.size}-{args.depth}", deit(args.size, args.depth), noise, args)
+            compare(Job(name, f"DeiT-{args.size}-{args.depth}", deit(args.size, args.depth), noise, None, args))
         if args.images:
-            model = checkpoint.load("demo")
-            compare(name, "embedded", model, load(model, "demo", CALIBRATION), args)
+            model = checkpoint.load(args.model)
+            label = "embedded" if args.model == "demo" else f"ViT-{model.spec.embed_dim}-{len(model.spec.blocks)}"
+            calibration = load(model, "demo", CALIBRATION)[0]
+            compare(Job(name, label, model, calibration, load(model, "demo:eval", args.images), args))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compile", "load", "run"]
+__all__ = ["compile", "load", "quantize", "run"]
 
 _sessions: list[Any] = []  # the one model this process simulates
 
@@ -35,6 +35,25 @@ def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str
         errors = [line for line in lines if "rror" in line] or lines[-1:] or ["no output"]
         raise RuntimeError(errors[0].rpartition("error message: ")[2])
     return {"log": text, "files": files}, {}
+
+
+def quantize(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mapper's quantization of ``arguments["onnx"]`` alone, as a file for `load`, and its threshold of every activation.
+
+    A graph with QuantizeLinear nodes keeps its own thresholds and takes no images.
+    """
+    import onnx
+    from horizon_nn.api import build_onnx  # type: ignore[import-not-found]
+
+    calibration: dict[str, Any] = {"calibration_type": "load"}
+    if arrays:
+        images = [image[None] for image in arrays["calibration"]]
+        calibration = {"calibration_type": "max", "calibration_data": {arguments["input"]: images}}
+    stem = Path(arguments["onnx"]).stem
+    build_onnx(arguments["onnx"], arguments["chip"], stem, cali_dict=calibration, skip_step=["skip_compiler"])
+    nodes = [n for n in onnx.load(f"{stem}_calibrated_model.onnx").graph.node if n.op_type == "HzCalibration"]
+    ends = {n.input[0]: next(max(a.floats) for a in n.attribute if a.name == "thresholds") for n in nodes}
+    return {"model": str(Path(f"{stem}_quantized_model.onnx").resolve()), "thresholds": ends}, {}
 
 
 def load(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

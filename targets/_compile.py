@@ -41,6 +41,10 @@ class Build:
         calibration = {"calibration": np.concatenate(self.options.calibration)}
         return self.worker.call("compile", dict(arguments), calibration)[0]
 
+    def save(self, graph: onnx_ir.Model, name: str) -> Path:
+        """Another graph as a file beside the one that is built."""
+        return _save(graph, self.onnx.with_name(f"{name}.onnx"))
+
     def artifact(self, files: tuple[Path, ...], estimate: _estimate.Estimate, settings: Mapping[str, str]) -> Artifact:
         """The record of `files`, the main one first, with the estimate and the compiler's log beside them."""
         stored = _estimate.write(estimate, self.options.out_dir / f"{self.options.name}.estimate.json")
@@ -55,16 +59,19 @@ def compiling(target: str, start: Start, graph: onnx_ir.Model, options: BuildOpt
         ConfigError: there are no calibration images.
         TargetUnavailable: the tool is not installed, failed, or took too long.
     """
-    import onnx_ir
-
     if not options.calibration:
         raise ConfigError(f"BuildOptions.calibration must hold at least one batch for target {target!r}, got none.")
     options.out_dir.mkdir(parents=True, exist_ok=True)
     log = options.out_dir / f"{options.name}.build.log"
     with TemporaryDirectory(prefix="vitrim-") as folder, start(log) as worker:
-        source = Path(folder) / "model.onnx"
-        source.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
-        yield Build(target, graph, options, worker, source, log)
+        yield Build(target, graph, options, worker, _save(graph, Path(folder) / "model.onnx"), log)
+
+
+def _save(graph: onnx_ir.Model, file: Path) -> Path:
+    import onnx_ir
+
+    file.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
+    return file
 
 
 def flat(artifact: Artifact) -> Artifact:

@@ -243,7 +243,7 @@ class Worker:
         if reply is None:
             raise self._failure(name, f"a process that ended with {_how(self._process.wait())}")
         if "error" in reply:
-            raise self._failure(name, str(reply["error"]))
+            raise self._failure(name, str(reply["error"]).rstrip("."))
         if not reply["arrays"]:
             return reply["result"], {}
         with np.load(scratch / "out.npz", allow_pickle=False) as stored:

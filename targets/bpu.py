@@ -1,10 +1,13 @@
 """D-Robotics RDK (Horizon BPU): compiled by the vendor's mapper, simulated on x86, latency from the compiler's timing model.
 
-The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout; the mapper calibrates and quantizes it
-itself on the images it is given. Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no
-operation on the CPU. A softmax node would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves
-it, a ReduceMax, and a MaxPool over a whole row each make the compiler run without end at 197 tokens, and poolings in small
-windows do not (bench/results/npu.md). Logits of rank 2 would be a reshape on the CPU.
+The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it twice: with the
+thresholds it calibrates on the images it is given, and with ours (`_ranges`), handed over as QuantizeLinear nodes where it has
+its own. What diverges less from float in its simulator is compiled, and the artifact's settings say which.
+
+Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no operation on the CPU. A softmax node
+would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves it, a ReduceMax, and a MaxPool over a
+whole row each make the compiler run without end at 197 tokens, and poolings in small windows do not (bench/results/npu.md).
+Logits of rank 2 would be a reshape on the CPU.
 
 On the board itself, `open` runs the ``.bin`` through D-Robotics' `hobot_dnn` (RDK documentation, "Model inference API":
 ``pyeasy_dnn.load(path)``, ``Model.forward(array)``, ``pyDNNTensor.buffer``). This has met no board yet.
@@ -18,12 +21,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
-from targets import _board, _estimate, _venv
+from targets import _board, _estimate, _ranges, _venv
 from targets._artifacts import check_chip, check_files, check_precision, tensor_specs
 from targets._bpu_constraints import TABLES
-from targets._compile import compiling, flat
+from targets._compile import Build, compiling, flat
 from targets._constraints import Table
 
 if TYPE_CHECKING:
@@ -130,10 +135,38 @@ def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> A
         raise ConfigError(f"The effort of target 'bpu' must be one of {', '.join(EFFORTS)}, got {effort!r}.")
     (pixels,) = tensor_specs(graph.graph.inputs)
     with compiling(NAME, _worker, graph, options) as job:
-        reply = job.compile({"config": _config(job.onnx, pixels, chip, effort)})
+        kept, measured = _quantized(job, graph, pixels, chip)
+        reply = job.compile({"config": _config(kept, pixels, chip, effort, own=kept != job.onnx)})
         files = _collect(reply["files"], options)
     estimate = _parse(reply["log"], graph, chip, effort)
-    return flat(job.artifact(files, estimate, {"chip": chip, "effort": effort}))
+    return flat(job.artifact(files, estimate, {"chip": chip, "effort": effort, **measured}))
+
+
+def _quantized(job: Build, graph: onnx_ir.Model, pixels: TensorSpec, chip: str) -> tuple[Path, dict[str, str]]:
+    """The graph as the mapper should read it, in float or with our thresholds where it has its own, and what decided.
+
+    Both are quantized by the mapper, and its own integers are held against float on calibration images.
+    """
+    images = np.concatenate(job.options.calibration)
+
+    def quantized(onnx: Path, arrays: dict[str, Array]) -> tuple[dict[str, float], Array]:
+        """The mapper's thresholds, and the logits of its quantized model."""
+        reply, _ = job.worker.call("quantize", {"onnx": str(onnx), "input": pixels.name, "chip": chip}, arrays)
+        job.worker.call("load", {"model": reply["model"]})
+        (logits,) = job.worker.call("run", {}, {pixels.name: images[: _ranges.IMAGES]})[1].values()
+        return reply["thresholds"], logits.reshape(len(logits), -1)
+
+    thresholds, theirs = quantized(job.onnx, {"calibration": images})
+    weights = {value.name for node in graph.graph if node.op_type == "Conv" for value in node.inputs[1:] if value}
+    seen = _ranges.observe(graph, images)
+    ends = thresholds | _ranges.thresholds(graph, seen)
+    own = job.save(_ranges.with_grids(graph, {n: ends[n] for n in thresholds if n not in weights}), "own")
+    try:
+        _, ours = quantized(own, {})
+    except TargetUnavailable as error:
+        return job.onnx, {"ranges": "vendor", "ranges_measured": f"the mapper refuses ours: {error}"}
+    chosen, measured = _ranges.better(seen.logits, {"vendor": theirs, "vitrim": ours})
+    return (own if chosen == "vitrim" else job.onnx), measured
 
 
 def open(artifact: Artifact, threads: int = 1) -> BpuSession | _board.OnBoard:
@@ -186,7 +219,9 @@ class BpuSession(_estimate.Estimated):
         return {spec.name: outputs[spec.name].reshape(-1, *spec.shape[1:]) for spec in self.artifact.outputs}
 
 
-def _config(onnx: Path, pixels: TensorSpec, chip: str, effort: str) -> dict[str, Any]:
+def _config(onnx: Path, pixels: TensorSpec, chip: str, effort: str, *, own: bool) -> dict[str, Any]:
+    """The mapper's options; `own`: the graph brings its thresholds."""
+    images = {"cal_data_dir": "./cal", "cal_data_type": "float32", "calibration_type": "max"}
     return {
         "model_parameters": {
             "onnx_model": str(onnx),
@@ -201,7 +236,7 @@ def _config(onnx: Path, pixels: TensorSpec, chip: str, effort: str) -> dict[str,
             **{f"input_type_{when}": "featuremap" for when in ("rt", "train")},
             **{f"input_layout_{when}": "NCHW" for when in ("rt", "train")},
         },
-        "calibration_parameters": {"cal_data_dir": "./cal", "cal_data_type": "float32", "calibration_type": "max"},
+        "calibration_parameters": {"calibration_type": "load"} if own else images,
         "compiler_parameters": {"compile_mode": "latency", "optimize_level": effort, "core_num": 1},
     }
 

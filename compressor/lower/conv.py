@@ -9,7 +9,7 @@ go there. Exact steps, each a function of `conv_folds` or an identity of the net
 3. The bias of k changes no softmax and is dropped; the bias of v moves into proj's.
 4. Prefix tokens and positions are one constant table. A head that reads tokens 0..p-1 only needs those columns of the last
    block, and reading p tokens side by side is a 1 x p convolution.
-5. ``softmax="exp"``: exp(s - max s), a product with ones over the key axis, a reciprocal and a product behind the values. Any
+5. ``softmax="exp"``: exp(s - max s), its sum as one more row of the values, a reciprocal and a product behind them. Any
    number may be subtracted from a row; the maximum is what int8 needs: without it one row's largest exp sets the scale of all
    of them (D-Robotics' mapper, embedded model: cosine of the first block's attention 0.30 without, 0.998 with).
 
@@ -129,17 +129,19 @@ class _Conv:
         return folds.absorb_affine(*self._linear(name), self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"])
 
     def _attention(self, name: str, block: BlockSpec, some: ir.Value, full: ir.Value, rows: int) -> ir.Value:
-        g, t, h = self.graph, self.spec.tokens, block.heads
+        g, t, h, exp = self.graph, self.spec.tokens, block.heads, self.form.softmax == "exp"
         q, k = self._queries(name, block, some), self._keys(name, block, full)
         value_weight, value_bias = self._reader(f"{name}.v", f"{name}.norm1")
-        v = self._conv(f"{name}.v", full, folds.kernel(value_weight))
-        q = g.reshape(f"{name}.q.heads", q, (h, block.qk_dim, rows))
-        k = g.reshape(f"{name}.k.heads", k, (h, block.qk_dim, t))
-        v = g.reshape(f"{name}.v.heads", v, (h, block.v_dim, t))
-        core = self._exp_attention if self.form.softmax == "exp" else self._softmax_attention
-        o = g.reshape(f"{name}.heads", core(name, (h, rows), q, k, v), (h * block.v_dim, 1, rows))
+        weight, sums, scale = folds.with_sums(value_weight, h) if exp else (value_weight, None, 1.0)
+        v = self._conv(f"{name}.v", full, folds.kernel(weight), sums)
+        groups, first = (h, 1) if exp else (1, h)
+        q = self._regroup(f"{name}.q.heads", q, groups, (first, block.qk_dim, rows))
+        k = self._regroup(f"{name}.k.heads", k, groups, (first, block.qk_dim, t))
+        v = self._regroup(f"{name}.v.heads", v, groups, (first, len(weight) // h, t))
+        core = self._exp_attention if exp else self._softmax_attention
+        o = g.reshape(f"{name}.heads", core(name, (h, block.v_dim, rows), q, k, v), (h * block.v_dim, 1, rows))
         weight, bias = self._linear(f"{name}.proj")
-        weight, bias = folds.centre(weight, folds.value_bias_into_projection(weight, bias, value_bias))
+        weight, bias = folds.centre(scale * weight, folds.value_bias_into_projection(weight, bias, value_bias))
         return self._conv(f"{name}.proj", o, folds.kernel(weight), bias)
 
     def _queries(self, name: str, block: BlockSpec, x: ir.Value) -> ir.Value:
@@ -161,7 +163,15 @@ class _Conv:
             return self._normalize(f"{name}.k_norm", k, block.heads, block.qk_dim)
         return self._conv(f"{name}.k", x, folds.kernel(weight))
 
-    def _softmax_attention(self, name: str, sizes: tuple[int, int], q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def _regroup(self, name: str, x: ir.Value, groups: int, shape: tuple[int, ...]) -> ir.Value:
+        """`x` as (B * groups, *shape)."""
+        batch = self.graph.batch
+        lead = groups * batch if isinstance(batch, int) else -1
+        return self.graph.op(name, "Reshape", x, self.graph.ints(f"{name}.shape", [lead, *shape]))
+
+    def _softmax_attention(
+        self, name: str, sizes: tuple[int, int, int], q: ir.Value, k: ir.Value, v: ir.Value
+    ) -> ir.Value:
         """(B, H, D, rows), (B, H, D, T), (B, H, Dv, T) -> (B, H, Dv, rows): softmax over the last axis, as chips have it."""
         del sizes  # Unused
         g = self.graph
@@ -170,26 +180,31 @@ class _Conv:
         o = g.op(f"{name}.values", "MatMul", attention, g.op(f"{name}.v.transpose", "Transpose", v, perm=(0, 1, 3, 2)))
         return g.op(f"{name}.heads.transpose", "Transpose", o, perm=(0, 1, 3, 2))
 
-    def _exp_attention(self, name: str, sizes: tuple[int, int], q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-        """The same without a softmax node and with one transpose; rows are divided by their sums behind the values.
+    def _exp_attention(self, name: str, sizes: tuple[int, int, int], q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """(BH, 1, D, rows), (BH, 1, D, T), (BH, 1, Dv + 1, T) -> (B, H, Dv, rows), without a softmax node.
 
-        Keys stay on axis 2, so that a row's maximum is a pooling and its sum a product with ones.
+        Heads lie on the batch axis and queries become channels: with heads as channels, three of them were padded to eight. A
+        row's maximum is a pooling over its keys, and the last row of the values becomes the sum that it is divided by.
         """
-        g, t, (h, _) = self.graph, self.spec.tokens, sizes
-        scores = g.op(f"{name}.scores", "MatMul", g.op(f"{name}.k.transpose", "Transpose", k, perm=(0, 1, 3, 2)), q)
-        peak = self._peak(f"{name}.peak", scores)
-        e = g.op(f"{name}.exp", "Exp", g.op(f"{name}.centred", "Sub", scores, peak))  # in (0, 1]: int8 is enough
-        ones = g.constant(f"softmax.ones{h}", np.ones((1, h, 1, t), np.float32))
-        inverse = g.op(f"{name}.inverse", "Reciprocal", g.op(f"{name}.sum", "MatMul", ones, e))
-        return g.op(f"{name}.divided", "Mul", g.op(f"{name}.values", "MatMul", v, e), inverse)
+        g, t, (h, width, rows) = self.graph, self.spec.tokens, sizes
+        scores = g.op(f"{name}.scores", "MatMul", g.op(f"{name}.q.transpose", "Transpose", q, perm=(0, 1, 3, 2)), k)
+        scores = self._regroup(f"{name}.scores.rows", scores, h, (rows, 1, t))
+        centred = g.op(f"{name}.centred", "Sub", scores, self._peak(f"{name}.peak", scores))
+        e = g.op(f"{name}.exp", "Exp", centred)  # in (0, 1]: int8 is enough
+        e = self._regroup(f"{name}.exp.rows", e, h, (1, rows, t))
+        o = g.op(f"{name}.values", "MatMul", e, g.op(f"{name}.v.transpose", "Transpose", v, perm=(0, 1, 3, 2)))
+        o = g.op(f"{name}.values.transpose", "Transpose", o, perm=(0, 1, 3, 2))
+        o = self._regroup(f"{name}.values.heads", o, 1, (h, width + 1, rows))
+        inverse = g.op(f"{name}.inverse", "Reciprocal", g.slice(f"{name}.sum", o, 2, width, width + 1))
+        return g.op(f"{name}.divided", "Mul", g.slice(f"{name}.weighted", o, 2, 0, width), inverse)
 
     def _peak(self, name: str, scores: ir.Value) -> ir.Value:
-        """(B, H, T, rows) -> (B, H, 1, rows): the largest score of each row, by poolings that follow each other."""
+        """(BH, rows, 1, T) -> (BH, rows, 1, 1): the largest score of each row, by poolings that follow each other."""
         x, left = scores, self.spec.tokens
         for i, window in enumerate(folds.pooling_windows(left)):
             missing = -left % window  # minus infinity to a maximum
             x = self.graph.op(
-                f"{name}{i}", "MaxPool", x, kernel_shape=(window, 1), strides=(window, 1), pads=(0, 0, missing, 0)
+                f"{name}{i}", "MaxPool", x, kernel_shape=(1, window), strides=(1, window), pads=(0, 0, 0, missing)
             )
             left = (left + missing) // window
         return x

@@ -258,7 +258,7 @@ def test_the_comparison_sees_one_changed_weight():
 
 
 def test_the_graph_is_four_dimensional_and_small():
-    """What makes the compiler keep it whole: no rank 5, no Gather or Split, no -1, one transpose, four nodes per norm."""
+    """What makes the compiler keep it whole: no rank 5, no Gather or Split, no -1, three transposes, four nodes per norm."""
     graph = lower(model(SPEC), replace(RDK, softmax="exp"))
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(graph), strict_mode=True)
     constants = graph.graph.initializers
@@ -266,7 +266,7 @@ def test_the_graph_is_four_dimensional_and_small():
     assert set(ranks.values()) == {4} and len(ranks) > 40
     types = [node.op_type for node in graph.graph]
     assert not {"Gather", "Split", "ReduceMean", "Softmax"} & set(types)
-    assert types.count("Transpose") == len(SPEC.blocks) and types.count("Pow") == 2 * len(SPEC.blocks) + 1
+    assert types.count("Transpose") == 3 * len(SPEC.blocks) and types.count("Pow") == 2 * len(SPEC.blocks) + 1
     shapes = [v.const_value.numpy() for n, v in constants.items() if n.endswith(".shape")]
     assert shapes and all((shape > 0).all() for shape in shapes)
     assert "blocks.0.k.bias" not in lower(model(SPEC), RDK).graph.initializers
@@ -303,9 +303,22 @@ def test_the_largest_score_is_pooled_in_pairs_first():
     m = model(replace(SPEC, image_size=(36, 36)))  # 82 tokens: 41, 21 and 11 after pairs
     graph = lower(m, replace(RDK, softmax="exp"))
     pools = [n for n in graph.graph if n.op_type == "MaxPool" and n.name.startswith("blocks.0.")]
-    assert [tuple(n.attributes["kernel_shape"].as_ints()) for n in pools] == [(2, 1), (2, 1), (2, 1), (11, 1)]
+    assert [tuple(n.attributes["kernel_shape"].as_ints()) for n in pools] == [(1, 2), (1, 2), (1, 2), (1, 11)]
     x = pixels(m.spec)
     assert np.abs(run(graph, x) - torch_logits(m, x)).max() < FLOAT
+
+
+def test_a_constant_row_among_the_values_is_the_sum_of_a_row():
+    """V softmax(s) from V e and c 1 e; control: the sum of another head."""
+    r = rng()
+    weight, x, scores = r.normal(size=(6, 5)), r.normal(size=(5, 9)), r.normal(size=(2, 9, 9))
+    wide, sums, c = folds.with_sums(weight, 2)
+    values = (wide @ x + sums[:, None]).reshape(2, 4, 9)
+    e = np.exp(scores).transpose(0, 2, 1)
+    o = values @ e
+    want = (weight @ x).reshape(2, 3, 9) @ softmax(scores).transpose(0, 2, 1)
+    assert np.abs(c * o[:, :3] / o[:, 3:] - want).max() < EXACT
+    assert np.abs(c * o[:, :3] / o[::-1, 3:] - want).max() > 0.01
 
 
 def test_exp_does_not_overflow():

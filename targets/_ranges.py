@@ -1,0 +1,171 @@
+"""Our own ranges for a compiler that quantizes by itself, and the choice between its ranges and ours by what they compute.
+
+A vendor's calibration takes the extreme of every tensor. Ours takes, for each, the threshold inside it whose grid has the least
+mean squared error on the same images: few values lie near the extreme, and every other one gets finer steps. A tensor that an
+Exp reads ends where the exponential is zero on its own grid.
+
+Source: the search over shrunken ranges is that of Migacz, "8-bit inference with TensorRT" (GTC 2017), with squared error in
+place of divergence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.types import Array
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["IMAGES", "Histogram", "Seen", "better", "divergence", "observe", "thresholds", "with_grids"]
+
+IMAGES = 64  # that thresholds are taken from, and that both quantizations are judged on
+BINS = 2048
+LEVELS = 127  # of a symmetric int8 grid, on either side of zero
+SHARES = np.linspace(1.0, 0.2, 41)  # of the largest magnitude that a grid may reach
+MOVES = ("Reshape", "Transpose", "Pad", "Slice", "MaxPool")  # their outputs are on the grid of their input
+VANISHES = math.log(4 * LEVELS)  # exp(-x) is a quarter of a step of the grid of 0 to 1, so nothing behind it matters
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The magnitudes of one tensor over all images, in equal cells from 0 to `largest`."""
+
+    largest: float
+    counts: Array  # (BINS,) int64
+
+    def threshold(self) -> float:
+        """The largest magnitude of the symmetric int8 grid with the least mean squared error.
+
+        >>> spread = Histogram(1.0, np.bincount([2047, 100, 100, 100], minlength=BINS) * 1000)
+        >>> spread.threshold()
+        1.0
+        """
+        values = self.largest / BINS * (np.arange(BINS) + 0.5)
+        steps = SHARES[:, None] * max(self.largest, 1e-12) / LEVELS
+        rounded = np.minimum(np.rint(values / steps), LEVELS) * steps
+        return float(self.largest * SHARES[np.argmin((rounded - values) ** 2 @ self.counts)])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a float graph computed: a histogram of every activation by name, and the logits (n, classes)."""
+
+    histograms: Mapping[str, Histogram]
+    logits: Array
+
+
+def observe(graph: onnx_ir.Model, images: Array) -> Seen:
+    """What the float `graph` computes from the first `IMAGES` of `images` (n, C, h, w), one at a time."""
+    session, names = _session(graph)
+    output, images = graph.graph.outputs[0].name, images[:IMAGES]
+    largest: dict[str, float] = {}
+    for name, value in _values(session, names, images):
+        largest[name] = max(largest.get(name, 0.0), float(np.abs(value).max()))
+    counts, logits = {name: np.zeros(BINS, np.int64) for name in largest}, []
+    for name, value in _values(session, names, images):
+        cells = (np.abs(value.ravel()) * (BINS / max(largest[name], 1e-12))).astype(np.int32)
+        counts[name] += np.bincount(np.minimum(cells, BINS - 1), minlength=BINS)
+        if name == output:
+            logits.append(value.ravel())
+    return Seen({name: Histogram(largest[name], counts[name]) for name in largest}, np.stack(logits))
+
+
+def _session(graph: onnx_ir.Model) -> tuple[Any, list[str]]:
+    """An ONNX Runtime session whose outputs are all activations, and their names; nothing is fused away."""
+    import onnx
+    import onnx_ir
+    import onnxruntime
+
+    proto = onnx_ir.to_proto(graph)
+    names = [name for node in proto.graph.node for name in node.output]
+    known = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in names if n not in known)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    content = proto.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]), names
+
+
+def _values(session: Any, names: list[str], images: Array) -> Iterator[tuple[str, Array]]:
+    """Every activation of every image, the image itself first."""
+    feed = session.get_inputs()[0].name
+    for image in images:
+        yield feed, image
+        yield from zip(names, session.run(names, {feed: image[None]}), strict=True)
+
+
+def thresholds(graph: onnx_ir.Model, seen: Seen) -> dict[str, float]:
+    """The largest magnitude of the grid of every activation, by name."""
+    ends = {name: histogram.threshold() for name, histogram in seen.histograms.items()}
+    for node in graph.graph:
+        source, output = node.inputs[0].name, node.outputs[0].name  # type: ignore[union-attr]
+        if source in ends and output in ends and node.op_type in MOVES:
+            ends[output] = ends[source]
+        if source in ends and node.op_type == "Exp":
+            ends[source] = min(seen.histograms[source].largest, VANISHES)
+    return ends
+
+
+def with_grids(graph: onnx_ir.Model, ends: Mapping[str, float]) -> onnx_ir.Model:
+    """A copy of the float `graph` with a symmetric int8 QuantizeLinear and DequantizeLinear behind every tensor of `ends`.
+
+    Args:
+        graph: of opset 10 at least.
+        ends: largest magnitude of the grid by name of an input, a constant or an activation; other names are left out.
+    """
+    import onnx
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(graph)
+    old, nodes, read = list(proto.graph.node), proto.graph.node, dict[str, str]()
+    constant = onnx.numpy_helper.from_array
+    names = [value.name for value in (*proto.graph.input, *proto.graph.initializer)]
+    proto.graph.initializer.append(constant(np.array(0, np.int8), "grid.zero"))
+    del nodes[:]
+
+    def grid(name: str) -> None:
+        if name in ends:
+            scale = np.array(max(ends[name], 1e-8) / LEVELS, np.float32)
+            proto.graph.initializer.append(constant(scale, f"{name}.scale"))
+            read[name], source = f"{name}.dequantize", name
+            for kind in ("Quantize", "Dequantize"):
+                output = f"{name}.{kind.lower()}"
+                inputs = [source, f"{name}.scale", "grid.zero"]
+                nodes.append(onnx.helper.make_node(f"{kind}Linear", inputs, [output], name=output))
+                source = output
+
+    for name in names:
+        grid(name)
+    for node in old:
+        node.input[:] = [read.get(name, name) for name in node.input]
+        nodes.append(node)
+        for name in node.output:
+            grid(name)
+    return onnx_ir.from_proto(proto)
+
+
+def divergence(reference: Array, logits: Array) -> float:
+    """Mean Kullback-Leibler divergence of the predictions (n, classes) from those of `reference`, in nats.
+
+    >>> round(divergence(np.array([[0.0, 0.0]]), np.log([[0.9, 0.1]])), 3)  # 0.5 log(0.5 / 0.9) + 0.5 log(0.5 / 0.1)
+    0.511
+    """
+    wanted, got = (z.astype(np.float64) - z.max(axis=1, keepdims=True) for z in (reference, logits))
+    wanted, got = (z - np.log(np.exp(z).sum(axis=1, keepdims=True)) for z in (wanted, got))
+    return float((np.exp(wanted) * (wanted - got)).sum(axis=1).mean())
+
+
+def better(reference: Array, candidates: Mapping[str, Array]) -> tuple[str, dict[str, str]]:
+    """The candidate whose logits diverge least from `reference`, and what was measured, for an artifact's settings."""
+    found = {name: divergence(reference, logits) for name, logits in candidates.items()}
+    chosen = min(found, key=lambda name: found[name])
+    same = {n: int((logits.argmax(1) == reference.argmax(1)).sum()) for n, logits in candidates.items()}
+    told = (f"{name}: divergence {found[name]:.3g}, {same[name]} of {len(reference)} classes agree" for name in found)
+    return chosen, {"ranges": chosen, "ranges_measured": "; ".join(told)}
