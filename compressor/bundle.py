@@ -363,7 +363,7 @@ class Bundle:
         """Golden inputs through `target` against the outputs recorded when the bundle was made.
 
         Returns:
-            target, max_abs (the largest difference), tolerance, passed.
+            target, max_abs (the largest difference, None where an output is not finite), tolerance, passed.
         """
         expected = self.golden.get(f"outputs.{target}")
         if expected is None:
@@ -372,7 +372,7 @@ class Bundle:
             )
         # One image at a time: a static-batch artifact takes no other, and a dynamic one is tested as it is used.
         got = np.concatenate([self.logits(x[None], target) for x in self.golden["inputs"]])
-        worst = float(np.abs(got - expected).max()) if np.isfinite(got).all() else float("inf")
+        worst = float(np.abs(got - expected).max()) if np.isfinite(got).all() else None
         recorded = self.golden.get(f"tolerance.{target}")
         limit = tolerance(expected, self.manifest.targets[target].precision) if recorded is None else float(recorded)
-        return {"target": target, "max_abs": worst, "tolerance": limit, "passed": worst <= limit}
+        return {"target": target, "max_abs": worst, "tolerance": limit, "passed": worst is not None and worst <= limit}

@@ -213,9 +213,8 @@ def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Res
             lines.append(f"  {check['target']}: not run: {check['skipped']}")
             continue
         verdict = "pass" if check["passed"] else "FAIL"
-        lines.append(
-            f"  {check['target']}: {verdict}, largest difference {check['max_abs']:.3g} (limit {check['tolerance']:.3g})"
-        )
+        worst = "not finite" if check["max_abs"] is None else f"{check['max_abs']:.3g}"
+        lines.append(f"  {check['target']}: {verdict}, largest difference {worst} (limit {check['tolerance']:.3g})")
     failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
     found = {"bundle": str(path), "passed": ran and not failed, "files": files, "signature": None}
     return Result({**found, "targets": [dict(c) for c in checks]}, lines, 1 if failed else 0 if ran else 3)

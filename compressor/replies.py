@@ -46,7 +46,7 @@ class Found(_Strict):
 class _Checked(_Strict):
     target: str
     passed: bool
-    max_abs: Amount
+    max_abs: Amount | None  # None: outputs were not finite
     tolerance: Amount
 
 

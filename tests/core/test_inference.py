@@ -69,3 +69,15 @@ def test_reports_of_versions_do_not_replace_each_other(bundle, tmp_path):
     written = [write_report(bundle.rename(tmp_path / "b.v1"), None), write_report(tmp_path / "z.v1.zip", None)]
     assert [path.name for path in written] == ["b.v1.html", "z.v1.html"]
     assert "<html" in written[0].read_text()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_fails_in_words_that_json_can_hold(bundle, monkeypatch, value):
+    assert verify_bundle(bundle, None).exit_code == 0  # the control
+    run = null.NullSession.run
+    monkeypatch.setattr(
+        null.NullSession, "run", lambda self, inputs: {n: v * value for n, v in run(self, inputs).items()}
+    )
+    found = verify_bundle(bundle, None)
+    assert found.exit_code == 1 and json.loads(json.dumps(found.data, allow_nan=False))["targets"][0]["max_abs"] is None
+    assert "not finite" in found.lines[1]
