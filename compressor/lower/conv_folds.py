@@ -122,7 +122,8 @@ def pooling_windows(count: int) -> tuple[int, ...]:
     """Windows, each as long as its stride, of poolings that reduce `count` values to one, in halves first.
 
     Any windows give the same maximum; chips pool neighbours in pairs fast. HBDK at O2, 197 keys, microseconds of two DeiT-Tiny
-    blocks and one that classifies, when heads were channels: 2301 with (15, 14), 1957 with (2, 10, 10), 1908 with (2, 2, 2, 5, 5), 1830 with these.
+    blocks and one that classifies, when heads were channels: 2301 with (15, 14), 1957 with (2, 10, 10), 1908 with
+    (2, 2, 2, 5, 5), 1830 with these.
 
     >>> pooling_windows(197)  # 99, 50, 25, 13, 1
     (2, 2, 2, 2, 13)

@@ -98,18 +98,22 @@ def test_the_simulated_chip_computes_the_model(built):
 
 @needs_mapper
 def test_the_thresholds_that_diverge_less_are_compiled(built, tmp_path, monkeypatch):
-    """Ours here; control: thresholds that cut nearly everything off lose to the mapper's."""
+    """Ours here, loaded in the last of three quantizations; control: where the mapper's own are better it calibrates last."""
+
+    def loaded_last(one):
+        text = one.path.with_name("model.build.log").read_text()
+        return text.rfind("with load threshold method for activation") > text.rfind("with max method")
+
     model, artifact = built
-    assert artifact.settings["ranges"] == "vitrim"
     told = re.findall(
         r"(vendor|vitrim): divergence ([\d.e-]+), \d+ of 20 classes agree", artifact.settings["ranges_measured"]
     )
     assert [name for name, _ in told] == ["vendor", "vitrim"] and float(told[1][1]) < float(told[0][1])
-    reckless = _ranges.thresholds
-    monkeypatch.setattr(_ranges, "thresholds", lambda *given: {n: 0.05 * end for n, end in reckless(*given).items()})
+    assert artifact.settings["ranges"] == "vitrim" and loaded_last(artifact)
+    monkeypatch.setattr(_ranges, "better", lambda reference, candidates: ("vendor", {"ranges": "vendor"}))
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 4),))
     kept = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
-    assert kept.settings["ranges"] == "vendor" and _estimate.read(kept).cpu_ops == ()
+    assert kept.settings["ranges"] == "vendor" and not loaded_last(kept)
 
 
 @needs_mapper
