@@ -139,12 +139,6 @@ def test_observe_reads_only_what_the_plan_names() -> None:
     )
 
 
-def test_observe_reports_progress() -> None:
-    seen: list[int] = []
-    observe(network(), [images(2), images(3)], EVERY, seen.append)
-    assert seen == [2, 5]
-
-
 def test_observe_refuses_no_images() -> None:
     with pytest.raises(DataError, match="at least one image, got none"):
         observe(network(), [], EVERY)
