@@ -33,7 +33,7 @@ from compressor.errors import BundleError, ConfigError, unknown_name
 from compressor.types import Array, Artifact, BlockSpec, Precision, Preprocess, Session, TensorSpec, VitSpec
 from compressor.verify import tolerance
 
-__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "artifact_of", "seal", "sha256_file"]
+__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "artifact_of", "is_bundle", "seal", "sha256_file"]
 
 MAX_FILE_BYTES = 8 << 30  # larger than any ViT; bounds what a hostile manifest or archive can make us read
 
@@ -89,6 +89,12 @@ class Manifest(_Strict):
     checkpoint: dict[str, Any]
     targets: dict[str, TargetEntry]
     files: dict[str, FileEntry]
+
+
+def is_bundle(source: str) -> bool:
+    """Whether `source` names a bundle, a folder or a .zip, rather than a model."""
+    path = Path(source)
+    return (path / "manifest.json").is_file() or path.suffix == ".zip"
 
 
 def sha256_file(path: Path) -> str:

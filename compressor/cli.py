@@ -204,7 +204,7 @@ def compress(
     from compressor.inventory import default_file, resolve
     from compressor.options import number_or_auto
     from compressor.output import file_or_folder
-    from compressor.pipeline import Tools
+    from compressor.pipeline import Tools, with_runnable
     from compressor.pipeline import compress as run
     from compressor.race import race_here
     from compressor.recipe import Recipe, from_yaml, override
@@ -221,6 +221,9 @@ def compress(
         )
     if plan.data == Recipe.data and data is None and plan.model != "demo":
         console.note("No --data: calibrated on the embedded images of clothes, which is right for no other model.")
+    if (runnable := with_runnable(plan)) != plan:
+        console.note("Target ort is added: what is measured, and golden, has to run here.")
+        plan = runnable
     if require_npu:
         require_compilers(plan.targets)
     cache, where = Cache(None if no_cache else default_folder()), resolve(device, default_file())

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from random import Random
@@ -22,9 +22,9 @@ from compressor.errors import TargetUnavailable
 from compressor.gate import GateConfig, GateVerdict, conclude, next_step
 from compressor.profile import ProfileConfig, timer
 from compressor.profile_json import from_json
-from compressor.types import Profile
+from compressor.types import Profile, Progress
 
-__all__ = ["Contender", "Duel", "DuelConfig", "Pair", "Progress", "Worker", "duel", "profile_fresh", "silent"]
+__all__ = ["Contender", "Duel", "DuelConfig", "Pair", "Worker", "duel", "profile_fresh", "silent"]
 
 OPEN_BUNDLE = "compressor.worker:open_bundle"
 TURN_MS = 2.0  # a turn is one inference, or as many as take this long: talking to a process costs about 0.1 ms
@@ -160,9 +160,6 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:

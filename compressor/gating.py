@@ -13,7 +13,7 @@ from typing import Any
 from compressor.bundle import Bundle
 from compressor.compiled import is_simulated
 from compressor.device import fingerprint
-from compressor.duel import Contender, DuelConfig, Progress, duel, profile_fresh, silent
+from compressor.duel import Contender, DuelConfig, duel, profile_fresh, silent
 from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
@@ -21,7 +21,7 @@ from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
 from compressor.history import append, read, trend
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
-from compressor.types import Profile
+from compressor.types import Profile, Progress
 
 __all__ = ["GateOptions", "check_outputs", "gate_bundles", "gate_stored", "publish", "run_gate"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import targets
 from calibration import data
 from compressor import history, peaks
-from compressor.bundle import Bundle
+from compressor.bundle import Bundle, is_bundle
 from compressor.compiled import estimated_profile, is_simulated
 from compressor.duel import Contender, profile_fresh
 from compressor.errors import BundleError, ConfigError, DataError
@@ -22,13 +22,12 @@ from compressor.output import write_text
 from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
-from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
+from compressor.types import Array, Artifact, Preprocess, Progress, Session, VitSpec
 from compressor.verify import accuracy
 
 __all__ = [
     "Source",
     "evaluate_source",
-    "is_bundle",
     "open_to_verify",
     "profile_source",
     "verified",
@@ -36,8 +35,6 @@ __all__ = [
     "write_history",
     "write_report",
 ]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,6 @@ class Source:
     target: str | None = None
     threads: int = 1
     arch: str | None = None
-
-
-def is_bundle(source: str) -> bool:
-    """Whether `source` names a bundle rather than a model."""
-    path = Path(source)
-    return (path / "manifest.json").is_file() or path.suffix == ".zip"
 
 
 @dataclass(frozen=True)

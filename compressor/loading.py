@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from compressor import checkpoint
-from compressor.bundle import Bundle
+from compressor.bundle import Bundle, is_bundle
 from compressor.errors import UnsupportedModel
 from compressor.types import Model, VitSpec
 
@@ -21,8 +19,7 @@ def load_model(source: str, *, arch: str | None = None, image_size: int | None =
         BundleError: a bundle that is damaged or was changed.
         VitrimError: see `checkpoint.load`.
     """
-    path = Path(source)
-    if path.suffix != ".zip" and not (path / "manifest.json").is_file():
+    if not is_bundle(source):
         return checkpoint.load(source, arch=arch, image_size=image_size)
     with Bundle.open(source) as bundle:
         return checkpoint.load(str(bundle.root), arch=arch, image_size=image_size)

@@ -36,13 +36,13 @@ from compressor.quantizing import Quantized, Quantizer
 from compressor.race import Race, race_here
 from compressor.recipe import Recipe, to_dict
 from compressor.report import contact_sheet, render
-from compressor.stages import Images, Progress, load_images, module_logits, prune_stage, torch_logits
-from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, latency_ms
+from compressor.stages import Images, load_images, module_logits, prune_stage, torch_logits
+from compressor.types import WEIGHT_ONLY, Array, Artifact, Model, Precision, Progress, latency_ms
 from compressor.verdicts import pruning_speed
 from compressor.verify import accuracy, tolerance
 from compressor.vit import to_torch
 
-__all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages"]
+__all__ = ["Run", "Tools", "compress", "evaluate", "load", "refuse_early", "run_stages", "with_runnable"]
 
 GOLDEN = 8
 SHEET = 48  # calibration images shown in the report
@@ -82,6 +82,11 @@ class Run:
     pixels: Array  # (n, C, h, w) the calibration inputs of the parity checks
     expected: Array  # (n, classes)
 
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What was kept or compiled, with golden outputs; plans have none yet."""
+        return (*(o.kept.artifact for o in self.outcomes), *(c.artifact for c in self.compiled))
+
 
 def compress(recipe: Recipe, folder: Path, tools: Tools, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fill the empty `folder` with the bundle that `recipe` describes; return the ``vitrim compress --json`` object.
@@ -95,7 +100,6 @@ def compress(recipe: Recipe, folder: Path, tools: Tools, extras: Mapping[str, An
     Raises:
         VitrimError: any of the tree in `compressor.errors`.
     """
-    recipe = _with_runnable(recipe)
     refuse_early(recipe)
     watch = tools.watch
     with watch("load"):
@@ -129,7 +133,7 @@ def load(recipe: Recipe, tools: Tools) -> tuple[Model, Images]:
     return reference, load_images(recipe, reference, tools.progress)
 
 
-def _with_runnable(recipe: Recipe) -> Recipe:
+def with_runnable(recipe: Recipe) -> Recipe:
     """`recipe` with ``ort`` added where every target only builds here: what is measured and golden has to run."""
     if any(not (is_planned(name) or is_compiled(name)) for name in recipe.targets):
         return recipe
@@ -298,7 +302,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
     checkpoint.save(run.model, folder)
     arrays: dict[str, Any] = {f"outputs.{o.target}": o.kept.golden for o in run.outcomes}
     arrays |= {f"outputs.{c.artifact.target}": c.golden for c in run.compiled}
-    for kept in (*(o.kept.artifact for o in run.outcomes), *(c.artifact for c in run.compiled)):
+    for kept in run.artifacts:
         arrays[f"tolerance.{kept.target}"] = tolerance(arrays[f"outputs.{kept.target}"], kept.precision)
     np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
     origin = run.reference.origin
@@ -316,12 +320,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         },
         "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
         "targets": {
-            a.target: artifact_entry(a, folder).model_dump()
-            for a in (
-                *(o.kept.artifact for o in run.outcomes),
-                *(c.artifact for c in run.compiled),
-                *(p for p, _ in run.plans),
-            )
+            a.target: artifact_entry(a, folder).model_dump() for a in (*run.artifacts, *(p for p, _ in run.plans))
         },
     }
 

@@ -18,8 +18,8 @@ from compressor.quantize import QuantizeConfig, simulate
 from compressor.quantize.importance import Importance, token_importance
 from compressor.quantize.refine import LayerReport, RefineConfig, Refined, refine
 from compressor.quantize.sensitivity import Sensitivity, sensitivity
-from compressor.stages import Progress, batches, model_digest, module_logits, torch_logits
-from compressor.types import Array, Model, Precision, QParams, Quantization
+from compressor.stages import batches, model_digest, module_logits, torch_logits
+from compressor.types import Array, Model, Precision, Progress, QParams, Quantization
 from compressor.vit import to_torch
 
 __all__ = ["Quantized", "Quantizer"]

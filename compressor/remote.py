@@ -29,9 +29,9 @@ from typing import IO, Any
 
 from compressor import probe, replies
 from compressor.build_plan import BuildJob, adopt, built
-from compressor.bundle import MAX_FILE_BYTES, Bundle, sha256_file
+from compressor.bundle import MAX_FILE_BYTES, Bundle, is_bundle, sha256_file
 from compressor.errors import ConfigError, TargetUnavailable
-from compressor.inference import Source, is_bundle, open_to_verify, verified
+from compressor.inference import Source, open_to_verify, verified
 from compressor.inventory import Device
 from compressor.output import file_or_folder
 from compressor.profile import ProfileConfig

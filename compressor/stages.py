@@ -24,12 +24,11 @@ from compressor.cache import Cache, key
 from compressor.errors import DataError
 from compressor.prune import configure, prune
 from compressor.recipe import Recipe
-from compressor.types import Array, Model, Statistics
+from compressor.types import Array, Model, Progress, Statistics
 from compressor.vit import VisionTransformer, to_torch
 
 __all__ = [
     "Images",
-    "Progress",
     "batches",
     "fingerprint_images",
     "load_images",
@@ -39,7 +38,6 @@ __all__ = [
     "torch_logits",
 ]
 
-Progress = Callable[[str, int, int], None]
 BATCH = 16
 DEMO_CLASSES = 10  # of the embedded images
 POOL = 8  # images a selector sees for each one it picks

@@ -6,7 +6,7 @@ Shapes: B batch, N patches, P prefix tokens, T = P + N tokens, C embedding width
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -43,6 +43,7 @@ __all__ = [
     "Precision",
     "Preprocess",
     "Profile",
+    "Progress",
     "QParams",
     "Quantization",
     "Session",
@@ -60,6 +61,7 @@ Width = (
     int | Literal["e4m3"]
 )  # bits of an integer, or the 8-bit float of 4 exponent and 3 mantissa bits, without infinity
 Bits = tuple[Width, Width]  # of weights, of activations
+Progress = Callable[[str, int, int], None]  # told (stage, done, total)
 
 PRECISION_BITS: Mapping[Precision, Bits] = {
     "w8a8": (8, 8),
