@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 import targets
-from compressor.bundle import Bundle, TargetEntry, artifact_entry, seal, sha256_file
+from compressor.bundle import Bundle
 from compressor.candidates import Candidate, choose, discard, logits, require
 from compressor.device import fingerprint
 from compressor.errors import BundleError, ConfigError, TargetUnavailable
 from compressor.intervals import proportion_interval
+from compressor.manifest import TargetEntry, artifact_entry, seal, sha256_file
 from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.recipe import Recipe

@@ -4,6 +4,7 @@
                     files{path: {sha256, size}}
     model.safetensors + config.json   the compressed float model, input of another compress, gate or target
     golden.npz      preprocessed inputs, reference logits, each target's outputs
+    calibration.sha256   content hash of every calibration image, one a line: no accuracy is measured on them unsaid
     targets/<name>/ artifacts               report.json  report.html
 
 Opening trusts nothing: the manifest is validated against its schema, every path must stay inside, every listed file must
@@ -12,184 +13,31 @@ have its size and sha256, no pickle is read, no code is run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import targets
 from calibration.preprocess import apply
 from compressor.errors import BundleError, ConfigError, unknown_name
-from compressor.types import Array, Artifact, BlockSpec, Precision, Preprocess, Session, TensorSpec, VitSpec
+from compressor.manifest import CALIBRATED_ON, MAX_FILE_BYTES, Manifest, artifact_of, inside, read_manifest, sha256_file
+from compressor.types import Array, Artifact, BlockSpec, Preprocess, Session, VitSpec
 from compressor.verify import tolerance
 
-__all__ = ["Bundle", "Manifest", "TargetEntry", "artifact_entry", "artifact_of", "is_bundle", "seal", "sha256_file"]
-
-MAX_FILE_BYTES = 8 << 30  # larger than any ViT; bounds what a hostile manifest or archive can make us read
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
-    """Digest and size of one file of the bundle."""
-
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0, le=MAX_FILE_BYTES)
-
-
-class TensorEntry(_Strict):
-    """An artifact's input or output."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-
-
-class TargetEntry(_Strict):
-    """One target's artifact: its main file, precision, and what `open` needs beside it."""
-
-    path: str
-    files: list[str]  # all of them, in the target's order, main file included
-    sha256: str  # of `files` one after the other
-    precision: Precision
-    settings: dict[str, str] = {}
-    inputs: list[TensorEntry]
-    outputs: list[TensorEntry]
-
-
-class _Version(BaseModel):
-    """What every version of manifest.json has."""
-
-    schema_version: int = Field(alias="schema")
-
-
-class Manifest(_Strict):
-    """manifest.json, version 1."""
-
-    schema_version: Literal[1] = Field(alias="schema")
-    spec: dict[str, Any]
-    preprocess: dict[str, Any]
-    labels: list[str]
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-    seed: int
-    calibration: dict[str, Any]
-    checkpoint: dict[str, Any]
-    targets: dict[str, TargetEntry]
-    files: dict[str, FileEntry]
+__all__ = ["Bundle", "is_bundle"]
 
 
 def is_bundle(source: str) -> bool:
     """Whether `source` names a bundle, a folder or a .zip, rather than a model."""
     path = Path(source)
     return (path / "manifest.json").is_file() or path.suffix == ".zip"
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def artifact_entry(artifact: Artifact, root: Path) -> TargetEntry:
-    """The manifest's record of `artifact`, whose files lie under the bundle folder `root`."""
-
-    def tensors(specs: tuple[TensorSpec, ...]) -> list[TensorEntry]:
-        return [TensorEntry(name=t.name, dtype=t.dtype, shape=list(t.shape)) for t in specs]
-
-    return TargetEntry(
-        path=artifact.path.relative_to(root).as_posix(),
-        files=[f.relative_to(root).as_posix() for f in artifact.files],
-        sha256=artifact.sha256,
-        precision=artifact.precision,
-        settings=dict(artifact.settings),
-        inputs=tensors(artifact.inputs),
-        outputs=tensors(artifact.outputs),
-    )
-
-
-def artifact_of(target: str, entry: TargetEntry, root: Path) -> Artifact:
-    """The artifact of `entry`, whose files lie under the folder `root`: the inverse of `artifact_entry`.
-
-    Raises:
-        BundleError: a path that reaches outside `root`.
-    """
-    files = tuple(_inside(root, f) for f in entry.files)
-
-    def specs(tensors: list[TensorEntry]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(t.name, t.dtype, tuple(t.shape)) for t in tensors)
-
-    return Artifact(
-        target=target,
-        path=_inside(root, entry.path),
-        sha256=entry.sha256,
-        size_bytes=sum(f.stat().st_size for f in files),
-        precision=entry.precision,
-        inputs=specs(entry.inputs),
-        outputs=specs(entry.outputs),
-        settings=entry.settings,
-        files=files,
-    )
-
-
-def seal(root: Path, content: Mapping[str, Any]) -> Manifest:
-    """Write ``manifest.json`` over everything that lies in `root`: the last step of making a bundle.
-
-    Args:
-        root: the folder, complete but for the manifest.
-        content: every manifest field except ``schema`` and ``files``.
-    """
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json")
-    for file in files:
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    listing = {p.relative_to(root).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
-    manifest = Manifest.model_validate({"schema": 1, **content, "files": listing})
-    text = json.dumps(manifest.model_dump(by_alias=True), indent=1)
-    (root / "manifest.json").write_text(text + "\n", encoding="utf-8")
-    return manifest
-
-
-def _read_manifest(root: Path) -> Manifest:
-    path = root / "manifest.json"
-    if not path.is_file():
-        raise BundleError(
-            f"{root}: a bundle must hold manifest.json, found none.", hint="Make one with `vitrim compress`."
-        )
-    try:
-        content = path.read_bytes()
-        schema = _Version.model_validate_json(content).schema_version
-        if schema > 1:
-            raise BundleError(
-                f"{path}: schema must be 1, got {schema}: a newer vitrim made this bundle.", hint="Update vitrim."
-            )
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{path}: {where} is not valid: {first['msg']}.", hint="Make the bundle again.") from None
-
-
-def _inside(root: Path, name: str) -> Path:
-    """`root / name`, refused when it could lie outside."""
-    pure = PurePosixPath(name)
-    path = root / name
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(
-            f"{root}: file paths must stay inside the bundle, got {name!r}.", hint="Do not use this bundle."
-        )
-    return path
 
 
 def _unzip(archive: Path, folder: Path) -> Path:
@@ -205,7 +53,7 @@ def _unzip(archive: Path, folder: Path) -> Path:
             for info in z.infolist():
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise zipfile.BadZipFile(f"compression method {info.compress_type} of {info.filename!r}")
-                target = _inside(folder, info.filename.rstrip("/"))
+                target = inside(folder, info.filename.rstrip("/"))
                 if info.is_dir():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +61,8 @@ def _unzip(archive: Path, folder: Path) -> Path:
                     shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"{archive}: must be a readable zip file, got {error}.", hint="Copy it again.") from None
-    inside = list(folder.iterdir())  # where a file manager zipped the folder, that is all there is
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    members = list(folder.iterdir())  # where a file manager zipped the folder, that is all there is
+    return members[0] if len(members) == 1 and members[0].is_dir() else folder
 
 
 def _runs(name: str) -> bool:
@@ -226,9 +74,9 @@ def _checked(source: Path, path: str | Path) -> Manifest:
     """The manifest of the bundle unpacked at `source`, every file it lists checked; `path` is what errors name."""
     if not source.is_dir():
         raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
-    manifest = _read_manifest(source)
+    manifest = read_manifest(source)
     for name, entry in manifest.files.items():
-        file = _inside(source, name)
+        file = inside(source, name)
         if not file.is_file():
             raise BundleError(f"{path}: {name!r} is listed in the manifest but missing.", hint="Copy the bundle again.")
         if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
@@ -307,12 +155,18 @@ class Bundle:
     def golden(self) -> dict[str, Array]:
         """``inputs`` (8, C, h, w), ``reference`` and ``outputs.<target>`` (8, classes), and ``tolerance.<target>``."""
         try:
-            with np.load(_inside(self.root, "golden.npz"), allow_pickle=False) as data:
+            with np.load(inside(self.root, "golden.npz"), allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
         except (zipfile.BadZipFile, zlib.error, KeyError, OSError, ValueError, EOFError) as error:
             raise BundleError(
                 f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again."
             ) from None
+
+    @cached_property
+    def calibrated_on(self) -> frozenset[str]:
+        """Content hashes (`calibration.data.ImageSet.content_hashes`) of the calibration images; empty where none are listed."""
+        listed = CALIBRATED_ON in self.manifest.files
+        return frozenset(inside(self.root, CALIBRATED_ON).read_text().split()) if listed else frozenset()
 
     @property
     def default_target(self) -> str:

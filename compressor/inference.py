@@ -59,7 +59,7 @@ class Opened:
     num_classes: int
     golden: Array | None  # (8, C, h, w) of a bundle
     spec: VitSpec
-    calibration: str = ""  # what a bundle was calibrated on
+    calibrated_on: frozenset[str] = frozenset()  # content hashes of images
 
 
 def open_source(source: Source, stack: ExitStack) -> Opened:
@@ -79,7 +79,7 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
             classes,
             bundle.golden["inputs"],
             bundle.spec,
-            str(manifest.calibration.get("source", "")),
+            bundle.calibrated_on,
         )
     from compressor.candidates import open_model
     from compressor.loading import load_model, require_exportable
@@ -152,13 +152,15 @@ def evaluate_source(source: Source, images: str, reference: str | None, progress
             got.append(logits(session, opened.artifact, pixels))
             if rival and other is not None:
                 expected.append(logits(other, rival[1], pixels))
+    seen = sum(image in opened.calibrated_on for image in dataset.content_hashes()) if opened.calibrated_on else 0
     found = accuracy(np.concatenate(got), labels, np.concatenate(expected) if expected else None)
     return {
         "source": source.path,
         "target": opened.target,
         "precision": opened.artifact.precision,
         "data": images,
-        "calibrated_on_them": images == opened.calibration,
+        "calibrated_on_them": seen > 0,
+        "calibration_images": seen,
         **found,
     }
 

@@ -20,7 +20,6 @@ import targets
 from calibration import data
 from compressor import __version__, checkpoint
 from compressor.build_plan import check_plan, is_planned, make_plan
-from compressor.bundle import artifact_entry, seal
 from compressor.cache import Cache
 from compressor.candidates import FLOAT, Contest, Outcome, contest, logits, precisions, require
 from compressor.compiled import Compiled, compile_model, is_compiled
@@ -29,6 +28,7 @@ from compressor.device import peak_rss_bytes
 from compressor.errors import ConfigError
 from compressor.kernels import int8_share
 from compressor.loading import load_model, require_exportable
+from compressor.manifest import CALIBRATED_ON, artifact_entry, seal
 from compressor.output import write_json
 from compressor.profile import Stopwatch
 from compressor.quantize.plan import for_target
@@ -305,6 +305,8 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
     for kept in run.artifacts:
         arrays[f"tolerance.{kept.target}"] = tolerance(arrays[f"outputs.{kept.target}"], kept.precision)
     np.savez(folder / "golden.npz", inputs=run.pixels[:GOLDEN], reference=run.expected[:GOLDEN], **arrays)
+    hashes = run.images.calibration.content_hashes()
+    (folder / CALIBRATED_ON).write_text("".join(f"{image}\n" for image in hashes))
     origin = run.reference.origin
     return {
         "spec": asdict(run.model.spec),

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 import targets
-from compressor.bundle import TargetEntry, artifact_entry, artifact_of
 from compressor.device import fingerprint
 from compressor.errors import ParityError
+from compressor.manifest import TargetEntry, artifact_entry, artifact_of
 from compressor.profile import ProfileConfig, interleave
 from compressor.types import Array, Artifact, OpRecord, Session
 from compressor.verify import tolerance

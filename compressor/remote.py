@@ -29,10 +29,11 @@ from typing import IO, Any
 
 from compressor import probe, replies
 from compressor.build_plan import BuildJob, adopt, built
-from compressor.bundle import MAX_FILE_BYTES, Bundle, is_bundle, sha256_file
+from compressor.bundle import Bundle, is_bundle
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.inference import Source, open_to_verify, verified
 from compressor.inventory import Device
+from compressor.manifest import MAX_FILE_BYTES, sha256_file
 from compressor.output import file_or_folder
 from compressor.profile import ProfileConfig
 from compressor.race import Inputs, Race, Raced, packed

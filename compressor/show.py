@@ -168,7 +168,8 @@ def accuracy(found: Json) -> list[Any]:
             f"  agreement {_percent(found['agreement'])}, {found['flips']} flips, mean cosine {found['mean_cosine']:.5f}"
         )
     if found["calibrated_on_them"]:
-        lines.append("  The bundle was calibrated on these images: measure on others (embedded: demo:eval).")
+        seen = f"{found['calibration_images']} of these images"
+        lines.append(f"  The bundle was calibrated on {seen}: measure on others (embedded: demo:eval).")
     return lines
 
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from calibration import data
 from compressor import __version__
 from tests.cli.conftest import vitrim
 
@@ -96,7 +97,7 @@ def test_verify_passes_and_sees_a_changed_byte(bundle, tmp_path):
 
 
 def test_verify_sees_outputs_that_are_not_the_recorded_ones(bundle, tmp_path):
-    from compressor.bundle import seal  # the attacker fixes the hashes too
+    from compressor.manifest import seal  # the attacker fixes the hashes too
 
     broken = tmp_path / "b"
     shutil.copytree(bundle, broken)
@@ -206,7 +207,11 @@ def test_a_bundle_is_the_input_of_another_compress(bundle, tmp_path, cache):
     assert profile.code == 0 and profile.json["ops"] and profile.json["throughput"]["images_per_s"] > 0, profile.err
     measured = vitrim("eval", out, "--data", "demo", "--json")
     assert measured.code == 0 and measured.json["agreement"] == 100.0, measured.err
-    assert measured.json["calibrated_on_them"]  # said, for such an accuracy proves nothing
+    assert measured.json["calibration_images"] == 64  # said, for such an accuracy proves nothing
+    calibration, evaluation = data.open_images("demo", limit=64).items, data.open_images("demo:eval").items
+    np.savez(tmp_path / "mixed.npz", images=np.stack([*calibration[:3], *evaluation[:5]]))
+    mixed = vitrim("eval", out, "--data", tmp_path / "mixed.npz", "--json").json
+    assert mixed["calibrated_on_them"] and (mixed["calibration_images"], mixed["n"]) == (3, 8)  # by what they show
 
 
 def test_a_second_run_reuses_finished_stages(made, tmp_path, cache):

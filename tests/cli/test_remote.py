@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from compressor import checkpoint
-from compressor.bundle import Bundle, artifact_entry, seal
+from compressor.bundle import Bundle
 from compressor.candidates import build
+from compressor.manifest import artifact_entry, seal
 from compressor.types import BuildOptions
 from tests.cli.conftest import ROOT as ROOT_FOLDER
 from tests.cli.conftest import Done, vitrim

@@ -23,7 +23,19 @@ RUNTIMES = {
 }
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
-FOUNDATION = {"errors", "spec", "types", "intervals", "device", "roofline", "kernels", "linalg", "result", "vit"}
+FOUNDATION = {
+    "errors",
+    "spec",
+    "types",
+    "intervals",
+    "device",
+    "roofline",
+    "kernels",
+    "least_squares",
+    "linalg",
+    "result",
+    "vit",
+}
 TOP = {"__main__", "cli", "cli_build", "cli_device", "cli_gate", "cli_pages", "cli_search", "console", "show"}
 ORCHESTRATION = {
     *(
@@ -40,6 +52,7 @@ ORCHESTRATION = {
         "inference",
         "inventory",
         "loading",
+        "manifest",
         "output",
         "pipeline",
         "placement",

@@ -10,8 +10,9 @@ import pytest
 import targets
 from compressor import build_plan, checkpoint
 from compressor.build_plan import BuildJob
-from compressor.bundle import Bundle, artifact_entry, seal
+from compressor.bundle import Bundle
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.manifest import artifact_entry, seal
 from compressor.profile import interleave
 from compressor.quantize.refine import Refined
 from compressor.types import Session

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from compressor import checkpoint, show
-from compressor.bundle import artifact_entry, seal
 from compressor.candidates import build
 from compressor.compare import compare, rows
 from compressor.errors import BundleError, ConfigError
+from compressor.manifest import artifact_entry, seal
 from compressor.types import BuildOptions
 from tests.targets.networks import PLAIN, model, pruned
 

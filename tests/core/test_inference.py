@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from compressor import checkpoint
-from compressor.bundle import artifact_entry, seal
 from compressor.candidates import build
 from compressor.inference import verify_bundle, write_report
+from compressor.manifest import artifact_entry, seal
 from compressor.output import zip_folder
 from compressor.types import BuildOptions
 from targets import null

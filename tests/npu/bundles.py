@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 import targets
-from compressor.bundle import Bundle, artifact_entry, seal
+from compressor.bundle import Bundle
 from compressor.lower import lower
+from compressor.manifest import artifact_entry, seal
 from compressor.types import Artifact, BuildOptions, OpRecord, TensorSpec
 from targets import _estimate, rknn
 from targets._artifacts import describe
