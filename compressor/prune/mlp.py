@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.prune.regress import Quadratic
+from compressor.least_squares import Quadratic
 
 __all__ = ["Elimination", "eliminate"]
 

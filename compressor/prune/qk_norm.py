@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.least_squares import Quadratic
 from compressor.prune.mlp import eliminate
 from compressor.prune.qk import FLOOR, LogitMoments
-from compressor.prune.regress import Quadratic
 from compressor.prune.stream import TokenStream
 from compressor.prune.surgery import double, linear, queries_keys
 from compressor.vit import Block

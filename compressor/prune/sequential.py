@@ -21,11 +21,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compressor.least_squares import CrossSum
 from compressor.prune.mlp import eliminate
 from compressor.prune.qk import FLOOR, LogitMoments, reduce_logits
 from compressor.prune.qk_norm import reduce_coordinates
 from compressor.prune.records import BlockReport, Part
-from compressor.prune.regress import DEFAULT, CrossSum, Fold, fold
+from compressor.prune.regress import DEFAULT, Fold, fold
 from compressor.prune.stream import TokenStream
 from compressor.prune.surgery import (
     close_attention,

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.least_squares import Quadratic
 from compressor.prune.qk import tail_errors
-from compressor.prune.regress import Quadratic
 
 __all__ = ["block_diagonal", "reduce_values", "remove_heads"]
 

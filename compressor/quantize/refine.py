@@ -269,7 +269,7 @@ class _Walk:
         seen = 0
         for j in range(self.batches):
             x, y = self._tap(site.name, site.read(j)[:, index]), site.target(j)[:, index]
-            sums = sums or Regression(x.shape[2], y.shape[2], x.device)
+            sums = sums or Regression(x.mean((0, 1)), y.shape[2])
             for half in (0, 1):
                 part = slice((half + seen) % 2, None, 2)
                 sums.add(half, x[part].flatten(0, 1), y[part].flatten(0, 1), weight.repeat(len(x[part])))

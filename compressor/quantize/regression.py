@@ -1,7 +1,8 @@
-"""Weighted least squares of what a layer should output on what it really gets as input, streamed and in float64.
+"""The refit: a layer's weights and bias, fitted to what it should output on what it really gets as input.
 
-The fit is pulled towards the weights the layer has, by a ridge whose strength is chosen on the half of the images it was
-not fitted to; when no strength helps there, the weights stay. Closed form, no labels, no gradients.
+Weighted least squares (`compressor.least_squares`), pulled towards the weights the layer has by a ridge whose strength is
+chosen on the half of the images it was not fitted to; when no strength helps there, the weights stay. Closed form, no
+labels, no gradients.
 """
 
 from __future__ import annotations
@@ -12,80 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.linalg import GramSum, damped_factor
+from compressor.least_squares import CrossSum, LeastSquares
 
 __all__ = ["Fit", "Regression"]
-
-
-class _Sums:
-    """Weighted moments of inputs x (I,) and targets y (O,): n, E x, E y, E x x^T, E y x^T.
-
-    Inputs are taken relative to the mean of the first rows: where the mean is large, the sums would lose the variance.
-    """
-
-    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self.count = 0.0
-        self.origin: Tensor | None = None  # (I,) float32
-        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
-        self.y = torch.zeros(targets, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
-        self.gram = GramSum((inputs,), device)
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        if self.origin is None:
-            self.origin = x.mean(0)
-        x = x - self.origin
-        weighted = x * weight[:, None]
-        self.count += float(weight.double().sum())
-        self.x += weighted.sum(0, dtype=torch.float64)
-        self.y += (y * weight[:, None]).sum(0, dtype=torch.float64)
-        self.cross += y.T @ weighted
-        self.gram.add(x * weight.sqrt()[:, None])
-
-    def centred(self) -> _Centred:
-        assert self.origin is not None
-        x, y = self.x / self.count, self.y / self.count
-        return _Centred(
-            self.count,
-            x + self.origin,
-            y,
-            self.gram.matrix() / self.count - torch.outer(x, x),
-            self.cross / self.count - torch.outer(y, x),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Centred:
-    count: float
-    x: Tensor  # (I,) mean input
-    y: Tensor  # (O,) mean target
-    gram: Tensor  # (I, I) covariance of the input
-    cross: Tensor  # (O, I) covariance of target and input
-
-    def through(self, matrix: Tensor) -> _Centred:
-        """The moments of targets ``matrix @ y``."""
-        return _Centred(self.count, self.x, matrix @ self.y, self.gram, matrix @ self.cross)
-
-    def __add__(self, other: _Centred) -> _Centred:
-        n = self.count + other.count
-        a, b = self.count / n, other.count / n
-        dx, dy = self.x - other.x, self.y - other.y
-        return _Centred(
-            n,
-            a * self.x + b * other.x,
-            a * self.y + b * other.y,
-            a * self.gram + b * other.gram + a * b * torch.outer(dx, dx),
-            a * self.cross + b * other.cross + a * b * torch.outer(dy, dx),
-        )
-
-    def ridge(self, weight: Tensor, damping: float) -> Tensor:
-        """argmin over W of E |y - W x|^2 + damping * mean(diag gram) * |W - weight|^2, intercept free."""
-        factor = damped_factor(self.gram, damping)
-        return weight + torch.cholesky_solve((self.cross - weight @ self.gram).T, factor).T
-
-    def loss(self, weight: Tensor) -> float:
-        """E |y - W x|^2 with the best intercept, up to a constant."""
-        return float(((weight @ self.gram - 2 * self.cross) * weight).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +40,12 @@ class Regression:
     """Sums of two halves of the images, each (inputs, targets, weights of the rows).
 
     Args:
-        inputs: I.
+        shift: (I,) near the inputs' mean, see `CrossSum`.
         targets: O.
-        device: where the sums live.
     """
 
-    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self._halves = (_Sums(inputs, targets, device), _Sums(inputs, targets, device))
+    def __init__(self, shift: Tensor, targets: int) -> None:
+        self._halves = (CrossSum(shift, targets), CrossSum(shift, targets))
 
     def add(self, half: int, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows x (n, I) and y (n, O), float32, with weights (n,) to half 0 or 1."""
@@ -129,23 +58,30 @@ class Regression:
             weight: the weights to be pulled towards, float64.
             dampings: candidate strengths, as shares of the mean input variance.
             through: (O, targets) matrix mapping the targets added to the layer's targets.
+
+        Raises:
+            DataError: an input or a target was not finite.
         """
-        halves = [sums.centred() for sums in self._halves if sums.count]
-        if through is not None:
-            halves = [half.through(through) for half in halves]
-        total = halves[0] + halves[1] if len(halves) == 2 else halves[0]
-        damping = _choose(weight, halves[0], halves[1], dampings) if len(halves) == 2 else None
-        fitted = weight if damping is None else total.ridge(weight, damping)
-        return Fit(fitted, total.gram, total.x, total.y, damping)
+        one, two = self._halves
+        damping, kept = None, torch.arange(weight.shape[1], device=weight.device)
+        if dampings and not one.empty and not two.empty:
+            damping = _choose(weight, _seen(one.objective(), through), _seen(two.objective(), through), dampings)
+        whole = _seen(one.objective(two), through)
+        fitted = weight if damping is None else whole.fit(damping, weight, kept)[0]
+        return Fit(fitted, whole.sigma, whole.mean_x, whole.mean_t, damping)
 
 
-def _choose(weight: Tensor, fitted: _Centred, held_out: _Centred, dampings: Sequence[float]) -> float | None:
+def _seen(objective: LeastSquares, through: Tensor | None) -> LeastSquares:
+    return objective if through is None else objective.through(through)
+
+
+def _choose(weight: Tensor, fitted: LeastSquares, held: LeastSquares, dampings: Sequence[float]) -> float | None:
     """The strength whose fit to one half is best on the other; None where the weights as they are beat all."""
-    if not fitted.gram.diagonal().mean() > 0:
-        return None
-    best, choice = held_out.loss(weight), None
+    kept = torch.arange(weight.shape[1], device=weight.device)
+    best, choice = held.excess(weight, fitted.bias(weight, kept), kept), None
     for damping in dampings:
-        loss = held_out.loss(fitted.ridge(weight, damping))
-        if loss < best:
-            best, choice = loss, damping
+        candidate, _ = fitted.fit(damping, weight, kept)
+        excess = held.excess(candidate, fitted.bias(candidate, kept), kept)
+        if excess < best:
+            best, choice = excess, damping
     return choice

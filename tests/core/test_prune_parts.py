@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compressor.least_squares import CrossSum, Quadratic
 from compressor.prune.allocate import Curve, allocate
 from compressor.prune.mlp import PENDING, eliminate
 from compressor.prune.qk import LogitMoments, reduce_logits
 from compressor.prune.qk_norm import reduce_coordinates
-from compressor.prune.regress import CrossSum, Quadratic, fold
+from compressor.prune.regress import fold
 from compressor.prune.sequential import SequentialPass
 from compressor.prune.stream import TokenStream
 from compressor.prune.surgery import opened, queries_keys

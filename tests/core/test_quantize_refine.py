@@ -136,7 +136,7 @@ def test_a_large_mean_does_not_cost_the_variance():
     x = 1e-2 * torch.randn(400, 5, generator=generator) + 50
     true = torch.randn(2, 5, generator=generator)
     y = (x - 50) @ true.T
-    sums = Regression(5, 2, torch.device("cpu"))
+    sums = Regression(x[:50].mean(0), 2)
     for half in (0, 1):
         sums.add(half, x[half::2], y[half::2], torch.ones(200))
     fit = sums.fit(torch.zeros(2, 5, dtype=torch.float64), (1e-4,))
@@ -174,7 +174,7 @@ def test_second_order_gains_on_correlated_inputs_and_only_there():
 
 
 def regression(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> Regression:
-    sums = Regression(x.shape[1], y.shape[1], torch.device("cpu"))
+    sums = Regression(x.mean(0), y.shape[1])
     for half in (0, 1):
         sums.add(half, x[half::2], y[half::2], weight[half::2])
     return sums
