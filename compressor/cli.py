@@ -336,24 +336,27 @@ def run_images(
     return Result({"bundle": str(bundle), "target": name, "results": results}, lines)
 
 
-@command(app, "verify", "vitrim verify b", "vitrim verify b.zip --target ort --json")
+@command(app, "verify", "vitrim verify b", "vitrim verify b.zip --target ort --signers allowed_signers --json")
 def verify(
     console: Console,
     bundle: BundlePath,
     target: Annotated[str | None, typer.Option(help="Check this target only.")] = None,
+    signers: Annotated[
+        Path | None, typer.Option(help="OpenSSH allowed signers: the bundle must be signed by one.")
+    ] = None,
     device: On = "local",
 ) -> Result:
-    """Check a bundle: hashes, then golden inputs through every available target against the recorded outputs."""
+    """Check a bundle: hashes, signature, then golden inputs through every available target against the recorded outputs."""
     from compressor.inference import verify_bundle
     from compressor.inventory import default_file, resolve
 
     where = resolve(device, default_file())
     if where is None:
         with console.working("verify"):
-            return verify_bundle(bundle, target)
+            return verify_bundle(bundle, target, signers)
     from compressor.remote import verify_on
 
-    return verify_on(where, bundle, target, console.note)
+    return verify_on(where, bundle, target, signers, console.note)
 
 
 def main() -> None:

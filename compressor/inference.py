@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from compressor.output import write_text
 from compressor.profile import ProfileConfig, profile, throughput
 from compressor.profile_json import to_json
 from compressor.result import Result
+from compressor.signature import Signature, check_signature
 from compressor.types import Array, Artifact, Preprocess, Progress, Session, VitSpec
 from compressor.verify import accuracy
 
@@ -180,11 +181,12 @@ def _reference(
     return open_model(model, opened.target, source.threads, stack)
 
 
-def verify_bundle(path: Path, target: str | None) -> Result:
-    """Hashes (checked on opening), then each target's golden outputs; exit code 1 when any check fails."""
+def verify_bundle(path: Path, target: str | None, signers: Path | None = None) -> Result:
+    """Hashes (checked on opening), signature, then each target's golden outputs; exit code 1 when any check fails."""
     bundle = open_to_verify(path)
+    signature = check_signature(bundle.root / "manifest.json", signers)
     checks = [_check(bundle, name) for name in ([target] if target else bundle.manifest.targets)]
-    return verified(path, len(bundle.manifest.files), checks)
+    return verified(path, len(bundle.manifest.files), checks, signature)
 
 
 def open_to_verify(path: Path) -> Bundle:
@@ -198,9 +200,11 @@ def open_to_verify(path: Path) -> Bundle:
         raise
 
 
-def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Result:
-    """What ``vitrim verify`` answers: passed when a target ran and none failed; exit code 3 when none could run here."""
+def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]], signature: Signature | None = None) -> Result:
+    """What ``vitrim verify`` answers: passed when a target ran and nothing failed; exit code 3 when none could run here."""
     lines = [f"{path}: {files} files match their hashes"]
+    if signature is not None:
+        lines.append(f"  signature: {'valid' if signature.valid else 'FAIL'}: {signature.reason}")
     for check in checks:
         if check["passed"] is None:
             lines.append(f"  {check['target']}: not run: {check['skipped']}")
@@ -208,8 +212,11 @@ def verified(path: Path, files: int, checks: Sequence[Mapping[str, Any]]) -> Res
         verdict = "pass" if check["passed"] else "FAIL"
         worst = "not finite" if check["max_abs"] is None else f"{check['max_abs']:.3g}"
         lines.append(f"  {check['target']}: {verdict}, largest difference {worst} (limit {check['tolerance']:.3g})")
-    failed, ran = any(c["passed"] is False for c in checks), any(c["passed"] is not None for c in checks)
-    found = {"bundle": str(path), "passed": ran and not failed, "files": files, "signature": None}
+    forged = signature is not None and not signature.valid
+    failed = forged or any(c["passed"] is False for c in checks)
+    ran = any(c["passed"] is not None for c in checks)
+    signed = None if signature is None else asdict(signature)
+    found = {"bundle": str(path), "passed": ran and not failed, "files": files, "signature": signed}
     return Result({**found, "targets": [dict(c) for c in checks]}, lines, 1 if failed else 0 if ran else 3)
 
 

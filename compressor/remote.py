@@ -39,6 +39,7 @@ from compressor.profile import ProfileConfig
 from compressor.race import Inputs, Race, Raced, packed
 from compressor.result import Result
 from compressor.runner import BUILT, BUNDLE
+from compressor.signature import check_signature
 from compressor.transport import transport
 from compressor.types import Artifact, Session
 
@@ -338,15 +339,16 @@ def profile_on(
         return replies.profile(there.run(_contents(bundle), "profile", asked), allowed)
 
 
-def verify_on(device: Device, path: Path, target: str | None, note: Note) -> Result:
-    """`inference.verify_bundle` on `device`, after the hashes were checked here."""
+def verify_on(device: Device, path: Path, target: str | None, signers: Path | None, note: Note) -> Result:
+    """`inference.verify_bundle` on `device`, after hashes and signature were checked here."""
     bundle = open_to_verify(path)
+    signature = check_signature(bundle.root / "manifest.json", signers)
     if target is not None:
         bundle.artifact(target)
     names = bundle.manifest.targets if target is None else (target,)
     with Remote(device, note) as there:
         checks = replies.checks(there.run(_contents(bundle), "verify", {"target": target}), names)
-    return verified(path, len(bundle.manifest.files), checks)
+    return verified(path, len(bundle.manifest.files), checks, signature)
 
 
 def build_on(device: Device, path: Path, job: BuildJob, out: Path | None, note: Note) -> Result:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_verify_sees_outputs_that_are_not_the_recorded_ones(bundle, tmp_path):
     seal(broken, content)
     done = vitrim("verify", broken, "--target", "ort", "--json")
     assert done.code == 1 and done.json["passed"] is False
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+def test_verify_asks_whose_bundle_it_is(bundle, tmp_path):
+    signed, key, signers = tmp_path / "b", tmp_path / "key", tmp_path / "signers"
+    shutil.copytree(bundle, signed)
+    for arguments in (
+        ("-t", "ed25519", "-N", "", "-f", key),
+        ("-Y", "sign", "-n", "vitrim", "-f", key, signed / "manifest.json"),
+    ):
+        subprocess.run(["ssh-keygen", "-q", *arguments], check=True)
+    signers.write_text(f"alice {key.with_suffix('.pub').read_text()}")
+    done = vitrim("verify", signed, "--target", "ort", "--signers", signers, "--json")
+    assert done.code == 0 and done.json["signature"]["signer"] == "alice"
+    done = vitrim("verify", bundle, "--target", "ort", "--signers", signers)
+    assert done.code == 1 and "signature: FAIL: the bundle is not signed" in done.out
 
 
 def test_run_names_the_class(bundle, image):

@@ -65,7 +65,7 @@ ORCHESTRATION = {
         "runner",
         "search",
     ),
-    *("stages", "transport", "verdicts", "worker"),
+    *("signature", "stages", "transport", "verdicts", "worker"),
 }
 
 
