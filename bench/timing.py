@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from compressor.affinity import pinned
 from compressor.bundle import Bundle
-from compressor.device import pinned
 from compressor.duel import Contender, profile_fresh
 from compressor.intervals import paired_ratio
 from compressor.profile import ProfileConfig

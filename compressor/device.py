@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ __all__ = [
     "fingerprint",
     "identity",
     "peak_rss_bytes",
-    "pinned",
     "read_counters",
 ]
 
@@ -99,24 +97,6 @@ def peak_rss_bytes(*, root: Path = ROOT) -> int:
     peak.
     """
     return _kib(root / "proc/self/status", "VmHWM") or 0
-
-
-@contextmanager
-def pinned(cpus: int) -> Iterator[None]:
-    """Restrict this process to its first `cpus` allowed CPUs, so that the scheduler does not move it while it is timed.
-
-    Where the system has no affinity, or allows no more CPUs than that, nothing is changed. Threads a runtime started
-    before keep their own affinity.
-    """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(allowed) <= cpus:
-        yield
-        return
-    os.sched_setaffinity(0, allowed[:cpus])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 # --------------------------------------------------------------------------- during a run

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from compressor import errors
+from compressor.affinity import pinned
 from compressor.errors import TargetUnavailable
 from compressor.gate import GateConfig, GateVerdict, conclude, next_step
 from compressor.profile import ProfileConfig, timer
@@ -216,7 +217,7 @@ def _pair(candidate: Contender, baseline: Contender, coins: Random, config: Duel
     start, turn = _shuffled(coins, list(contenders)), _shuffled(coins, list(contenders))
     settings = {"threads": config.threads, "warmup": config.warmup}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    with ExitStack() as stack:
+    with pinned(config.threads), ExitStack() as stack:  # both sides on the same CPUs
         workers = {name: stack.enter_context(Worker(contenders[name], settings)) for name in start}
         for worker in workers.values():
             worker.hear()

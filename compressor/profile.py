@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from compressor.device import QueueClock, conditions, fingerprint, peak_rss_bytes, pinned, read_counters
+from compressor.affinity import pinned
+from compressor.device import QueueClock, conditions, fingerprint, peak_rss_bytes, read_counters
 from compressor.errors import ConfigError
 from compressor.intervals import Ratio, paired_ratio
 from compressor.types import Array, Profile, Session

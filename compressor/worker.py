@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 import targets
-from compressor.device import pinned
+from compressor.affinity import pinned
 from compressor.errors import VitrimError
 from compressor.profile import Prepared, ProfileConfig, measure, prepare, sample_undisturbed
 from compressor.profile_json import to_json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.device import QueueClock, conditions, fingerprint, identity, peak_rss_bytes, pinned, read_counters
+from compressor.device import QueueClock, conditions, fingerprint, identity, peak_rss_bytes, read_counters
 
 STAT = "77 (a ) strange (name)) S 1 2 3 4 5 6 7 8 9 10 {utime} {stime} 0 0 20 0 1 0 100"
 
@@ -120,14 +120,6 @@ def test_peak_rss_is_the_process_own_and_not_its_parents() -> None:
     code = "from compressor.device import peak_rss_bytes; print(peak_rss_bytes())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0 < child < 150 << 20 < peak_rss_bytes()
-
-
-def test_pinned_gives_the_cpus_back() -> None:
-    os = pytest.importorskip("os")
-    allowed = os.sched_getaffinity(0)
-    with pinned(1):
-        assert len(os.sched_getaffinity(0)) == 1
-    assert os.sched_getaffinity(0) == allowed
 
 
 def test_queue_clock_never_runs_backwards() -> None:
