@@ -1,15 +1,18 @@
 """Accuracy after quantization: ours, stage by stage, beside ONNX Runtime's quantize_static and NNCF, on one trained model.
 
     python bench/quantization.py [MODEL] [--data D] [--eval E] [--images 500] [--rows ours ort nncf nncf-control]
-        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--pruned 0.5] [--rounds 100] [--markdown FILE] [--json FILE]
+        [--precisions w8a8 w6a6 w4a8] [--stages search ...] [--pruned 0.5] [--outliers 32] [--rounds 100] [--markdown FILE]
+        [--json FILE]
 
 Every contestant gets the same float network and the same calibration images. Theirs start from our float ONNX graph, which
 uses standard operators only, and run in their own runtime; ours run as the torch simulation, which a test holds against
 the ONNX graphs to one quantization step. Each row is a process of its own, so that peak memory is its own; time is that of
 calibration alone. `kl` is the mean divergence from the float prediction, the only column that 2,000 images measure finely.
-"low-rank branch" is TAPTQ's compensation as published, "low-rank budget" the same for the branches that gain most, in
-simulation only: no file holds them. "int8 scores" is "+ token weights" with q k^T in integers too, where a target races
-that. With --pruned R the model is pruned first (obs) and rows are held against the unpruned model.
+"+ equalisation" is what `compress` does. "low-rank branch" is TAPTQ's compensation as published, "low-rank budget" the same
+for the branches that gain most, in simulation only: no file holds them. "int8 scores" is "+ token weights" with q k^T in
+integers too, where a target races that. With --pruned R the model is pruned first (obs) and rows are held against the
+unpruned model. With --outliers N four channels behind every norm are N times as large, and the weights that read them N
+times as small: the same function in float.
 "+ selection" calibrates on 128 images picked by `coarse_to_fine`, "128 random" on as many random ones.
 
 Latency is measured last: one process, one thread, batch 1, files in a new order every round; the best is shown.
@@ -42,6 +45,7 @@ from compressor.lower import lower
 from compressor.prune import ObsConfig, prune
 from compressor.quantize import QuantizeConfig, quantize, simulate
 from compressor.quantize.compensate import Budget, LowRankConfig, Threshold, low_rank, truncate_plain
+from compressor.quantize.equalize import EXPONENTS, fold
 from compressor.quantize.importance import token_importance
 from compressor.quantize.refine import RefineConfig, refine
 from compressor.quantize.rounding import nearest, second_order
@@ -63,11 +67,13 @@ STAGES = (
     "+ rounding",
     "+ compensation",
     "+ token weights",
+    "+ equalisation",
     "int8 scores",
     "128 random",
     "+ selection",
 )
 FEW = 128
+OUTLIERS = 4
 EXTRA_MACS = 0.02  # that "low-rank budget" may spend
 MAX_DROP = 0.002  # of calibration images that NNCF's accuracy control may let change their class
 
@@ -94,6 +100,18 @@ def smaller(trial: Trial, ratio: float) -> Model:
     )
 
 
+def outlying(model: Model, by: float) -> Model:
+    """The same function in float, with `OUTLIERS` channels behind every norm `by` times as large."""
+    module, width, rng = to_torch(model), model.spec.embed_dim, np.random.default_rng(0)
+    for i, block in enumerate(model.spec.blocks):
+        mlp = ("fc1", "gate") if block.mlp == "swiglu" else ("fc1",)
+        for norm, readers in (("norm1", ("q", "k", "v")), ("norm2", mlp)):
+            factor = np.ones(width, np.float32)
+            factor[rng.choice(width, OUTLIERS, replace=False)] = 1 / by
+            fold(module, f"blocks.{i}.{norm}", [f"blocks.{i}.{reader}" for reader in readers], factor)
+    return model.with_weights(model.spec, {name: p.numpy() for name, p in module.state_dict().items()})
+
+
 def minmax(objective: Objective, scale: Array) -> Found:
     return Found(scale, objective(scale), 1)
 
@@ -116,7 +134,8 @@ def ours(task: Task, folder: Path, precision: Precision, stage: str) -> Made:
     weighed = stage not in ("+ bias", "+ rounding", "+ compensation")
     weights = token_importance(to_torch(task.small), task.batches()[:2]) if weighed else {}
     dampings = () if stage in ("+ bias", "+ rounding") else RefineConfig().dampings
-    config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order)
+    exponents = EXPONENTS if stage == "+ equalisation" else ()
+    config = RefineConfig(grid, dampings, nearest if stage == "+ bias" else second_order, exponents=exponents)
     result = refine(task.small, task.batches(), config, weights)
     if stage == "int8 scores":
         return hand_in(result.model, result.with_scores(), folder, [n for n in RUNTIMES if int8_scores(n)])
@@ -314,13 +333,16 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=("w8a8", "w6a6", "w4a8"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--pruned", type=float, default=0.0, help="fraction of every width removed first")
+    parser.add_argument(
+        "--outliers", type=float, default=1.0, help="how much larger four channels behind every norm are made"
+    )
     parser.add_argument("--rounds", type=int, default=100, help="of the latency race; 0 leaves it out")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     trial = open_trial(options)
-    task, results = Task(**vars(trial), small=smaller(trial, options.pruned)), []
+    task, results = Task(**vars(trial), small=outlying(smaller(trial, options.pruned), options.outliers)), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         table = rows(task, options.rows, options.precisions, options.stages)

@@ -3,6 +3,7 @@
 Two streams run side by side through the blocks: the reference network's, in float, and the quantized one's. At each linear
 layer, in execution order:
 
+    0. outlier channels move from its input into its weights, where that helps clearly      (equalize)
     1. the grid of its input is chosen by the error it makes in the layer's output          (ranges)
     2. its weights are refitted so that quantized inputs give what the reference gives      (regression)
     3. the weights are rounded, each column's error undone by the columns left              (rounding)
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import ConfigError, DataError
+from compressor.quantize.equalize import EXPONENTS, equalize, fold
 from compressor.quantize.grid import fake_quant_torch
 from compressor.quantize.importance import Importance
 from compressor.quantize.plan import QuantizeConfig, weight_grid
@@ -53,6 +55,7 @@ class RefineConfig:
         rounding: `second_order`, or another of `compressor.quantize.rounding`.
         tokens_per_image: cap on the tokens of an image that enter the sums, None for all.
         sample_images: how many images the activation grids are chosen on.
+        exponents: candidates of equalisation; empty: none.
     """
 
     grid: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -60,21 +63,28 @@ class RefineConfig:
     rounding: Rounding = second_order
     tokens_per_image: int | None = 96
     sample_images: int = 64
+    exponents: tuple[float, ...] = EXPONENTS
 
     def __post_init__(self) -> None:
         if any(not d > 0 for d in self.dampings):
             raise ConfigError(f"RefineConfig.dampings must be positive, got {self.dampings}.")
+        if any(not 0 <= a <= 1 for a in self.exponents):
+            raise ConfigError(f"RefineConfig.exponents must lie between 0 and 1, got {self.exponents}.")
         if self.sample_images < 1 or (self.tokens_per_image is not None and self.tokens_per_image < 1):
             raise ConfigError("RefineConfig.sample_images and tokens_per_image must be at least 1.")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one linear layer; `damping` None: its weights were kept, held-out images preferred them."""
+    """What was done to one linear layer.
+
+    `damping` None: its weights were kept, held-out images preferred them; `exponent` None: its input was not equalised.
+    """
 
     name: str
     damping: float | None
     quantized: bool
+    exponent: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +169,7 @@ class _Walk:
         self.activations: dict[str, QParams] = {}
         self.scores: dict[str, QParams] = {}
         self.reports: list[LayerReport] = []
+        self.exponents: dict[str, float] = {}
 
     def embed(self) -> None:
         """Patch embedding; starts both streams."""
@@ -177,7 +188,7 @@ class _Walk:
     def attention(self, i: int) -> None:
         """Block i up to the residual addition of its attention branch."""
         name, block, reference = f"blocks.{i}", self._block(i), self._block(i, self.reference)
-        self._normed(f"{name}.qkv", block.norm1, (f"{name}.q",), (f"{name}.k", f"{name}.v"))
+        self._normed(f"{name}.qkv", f"{name}.norm1", (f"{name}.q",), (f"{name}.k", f"{name}.v"))
         if f"{name}.qkv" in self.activations and not block.spec.qk_norm:
             self._scores(name, block)
         self._branch(f"{name}.proj", partial(block.attention, name=name), reference.attention)
@@ -186,7 +197,7 @@ class _Walk:
         """Block i from there to its end."""
         name, block, reference = f"blocks.{i}", self._block(i), self._block(i, self.reference)
         leaves = ("fc1", "gate") if block.spec.mlp == "swiglu" else ("fc1",)
-        self._normed(f"{name}.fc1", block.norm2, tuple(f"{name}.{leaf}" for leaf in leaves))
+        self._normed(f"{name}.fc1", f"{name}.norm2", tuple(f"{name}.{leaf}" for leaf in leaves))
         self._branch(f"{name}.fc2", partial(block.mlp, name=name), reference.mlp)
 
     def classify(self) -> None:
@@ -204,19 +215,43 @@ class _Walk:
 
     # ----------------------------------------------------------------- one layer
 
-    def _normed(self, name: str, norm: Callable[[Tensor], Tensor], *groups: tuple[str, ...]) -> None:
-        """The linears of site `name`, which read the stream through `norm`."""
-        self._layers(_Site(name, groups, lambda j: norm(self.small[j]), lambda j: norm(self.dense[j]), inner=True))
+    def _normed(self, name: str, source: str, *groups: tuple[str, ...]) -> None:
+        """The linears of site `name`, which read the stream through the norm `source`."""
+        norm = self.module.get_submodule(source)
+        site = _Site(name, groups, lambda j: norm(self.small[j]), lambda j: norm(self.dense[j]), inner=True)
+        self._equalize(site, source)
+        self._layers(site)
 
     def _branch(self, name: str, small: Callable[[Tensor, Tap], Tensor], dense: Callable[[Tensor], Tensor]) -> None:
         """The last linear of a branch: its output closes the gap between the streams, and joins the quantized one."""
         inputs = [_input(small, tokens, self._tap, name) for tokens in self.small]
         for tokens in self.dense:
             tokens += dense(tokens)
-        self._layers(_Site(name, ((name,),), inputs.__getitem__, lambda j: self.dense[j] - self.small[j], inner=False))
+        site = _Site(name, ((name,),), inputs.__getitem__, lambda j: self.dense[j] - self.small[j], inner=False)
+        if name.endswith(".proj"):
+            factor = self._equalize(site, name.removesuffix("proj") + "v")
+            for x in inputs:
+                x /= factor
+        self._layers(site)
         linear = self.module.get_submodule(name)
         for tokens, x in zip(self.small, inputs, strict=True):
             tokens += linear(self._tap(name, x))
+
+    def _equalize(self, site: _Site, source: str) -> Tensor:
+        """The factors folded into the linears of `site` and into `source`, which nothing else reads; ones where none are."""
+        names = [n for group in site.groups for n in group]
+        integer = [self._weight(n) for n in names if not self.config.grid.is_skipped(f"{n}.weight")]
+        if not (integer and self.config.exponents) or self.config.grid.weight_only:
+            return torch.ones(())
+        stacked = torch.cat(integer).numpy()
+        rows = sample_rows(*self._sample(site), outputs=len(stacked))
+        found = equalize(rows, stacked, site.name, self.config.grid, self.config.exponents)
+        if found.exponent is not None:
+            fold(self.module, source, names, found.factor)
+            self.exponents |= dict.fromkeys(names, found.exponent)
+            if (q := self.weights.get(f"{source}.weight")) is not None:  # v is on its grid, which moves with it
+                self.weights[f"{source}.weight"] = replace(q, scale=q.scale / found.factor)
+        return torch.from_numpy(found.factor)
 
     def _layers(self, site: _Site) -> None:
         """Quantize the linears of `site`: grid, refit, rounding, bias."""
@@ -290,7 +325,8 @@ class _Walk:
         bias = fit.bias(weight) + (linear.bias.double() if inner else 0)
         linear.weight = nn.Parameter(weight.float().reshape(linear.weight.shape), requires_grad=False)
         linear.bias = nn.Parameter(bias.float(), requires_grad=False)
-        self.reports.append(LayerReport(f"{name}.weight", fit.damping, bits is not None))
+        report = LayerReport(f"{name}.weight", fit.damping, bits is not None, self.exponents.get(name))
+        self.reports.append(report)
 
     # ----------------------------------------------------------------- what a layer reads
 

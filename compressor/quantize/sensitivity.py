@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.quantize.equalize import SITES, equalize
 from compressor.quantize.grid import fake_quant
 from compressor.quantize.plan import QuantizeConfig, linears, weight_grid
 from compressor.quantize.ranges import fit_grid
@@ -78,14 +79,17 @@ class _Run:
         weight_bits, activation_bits = PRECISION_BITS[config.precision]
         exact = {n: self.model.weights[n] for n in names}
         stacked = np.concatenate([w.reshape(len(w), -1) for w in exact.values()])
+        folds = site.rpartition(".")[2] in SITES
+        factor = equalize(self.rows[site], stacked, site, config).factor if folds else np.float32(1)
         grids = {}
         if not config.weight_only:
-            asymmetric = config.is_asymmetric(site)
-            grids[site] = fit_grid(self.rows[site], activation_bits, stacked, config.search, asymmetric=asymmetric)
+            rows, weight, asymmetric = self.rows[site] / factor, stacked * factor, config.is_asymmetric(site)
+            grids[site] = fit_grid(rows, activation_bits, weight, config.search, asymmetric=asymmetric)
         on = partial(weight_grid, bits=weight_bits, search=config.search, group=config.group)
-        self._put({n: fake_quant(w, on(w)) for n, w in exact.items()})
+        self._put({n: fake_quant(w * factor, on(w * factor)) / factor for n, w in exact.items()})
+        inner, by = fake_quant_tap(grids), torch.from_numpy(np.asarray(factor))
         with torch.inference_mode():
-            logits = self._forward(site, fake_quant_tap(grids))
+            logits = self._forward(site, lambda at, x: inner(at, x / by) * by if at == site else x)
         self._put(exact)
         got = logits.double().log_softmax(1)
         return max(float((self.expected.exp() * (self.expected - got)).sum(1).mean()), 0.0)
