@@ -236,7 +236,16 @@ def compare(job: Job) -> None:
             print(told, job.accuracy(model, artifact), flush=True)
             if "ranges_measured" in artifact.settings:
                 print(f"{'':<36} {artifact.settings['ranges_measured']}", flush=True)
-            costs[form] = cost(_estimate.read(artifact))[0]
+            found = _estimate.read(artifact)
+            costs[form] = cost(found)[0]
+            embedding = sum(
+                cycles
+                for piece in found.subgraphs
+                for name, cycles in piece.get("cycles_by_op", {}).items()
+                if name.startswith("patch")
+            )
+            if embedding:
+                print(f"{'':<36} of these the patch embedding: {embedding / 1e6:.3f} Mcycles", flush=True)
     for slow, fast in (("plain", "ours"), ("ours", "half")):
         if costs.get(slow) and costs.get(fast):
             print(f"{'':<36} {slow} / {fast}: {costs[slow] / costs[fast]:.2f}", flush=True)
