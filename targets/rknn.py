@@ -43,6 +43,8 @@ NAME = "rknn"
 CAPABILITIES = Capabilities(
     layout="tokens",
     opset=18,
+    # Additions of the residual stream stay int8: in float16 the embedded model gives 500 of 500 images the class of float for
+    # 498, but reads and writes 16 % more memory, through 38 conversions; in int16 499, at a larger divergence.
     precisions=("w8a8",),
     gelu="erf",  # fused with the convolution before it
     patch="columns",  # the whole embedding of DeiT-Tiny: 48,768 cycles, against 115,200 with "halving"
