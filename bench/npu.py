@@ -209,6 +209,12 @@ def cost(found: _estimate.Estimate) -> tuple[float, str]:
     return sum(piece.get("cycles", 0) for piece in found.subgraphs) / 1e6, "Mcycles"
 
 
+def embedding(found: _estimate.Estimate) -> int:
+    """The cycles of the patch embedding, where the compiler counts them by operation."""
+    by_op = (op for piece in found.subgraphs for op in piece.get("cycles_by_op", {}).items())
+    return sum(cycles for name, cycles in by_op if name.startswith("patch"))
+
+
 def row(label: str, artifact: Artifact, seconds: float) -> str:
     found = _estimate.read(artifact)
     counted, unit = cost(found)
@@ -236,7 +242,10 @@ def compare(job: Job) -> None:
             print(told, job.accuracy(model, artifact), flush=True)
             if "ranges_measured" in artifact.settings:
                 print(f"{'':<36} {artifact.settings['ranges_measured']}", flush=True)
-            costs[form] = cost(_estimate.read(artifact))[0]
+            found = _estimate.read(artifact)
+            costs[form] = cost(found)[0]
+            if cycles := embedding(found):
+                print(f"{'':<36} of these the patch embedding: {cycles / 1e6:.3f} Mcycles", flush=True)
     for slow, fast in (("plain", "ours"), ("ours", "half")):
         if costs.get(slow) and costs.get(fast):
             print(f"{'':<36} {slow} / {fast}: {costs[slow] / costs[fast]:.2f}", flush=True)

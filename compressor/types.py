@@ -235,8 +235,8 @@ class Capabilities:
     equal_heads: bool = False  # pad q, k and v with zeros to one head width that fused attention kernels take
     norm: Literal["node", "conv"] = "node"
     gelu: Literal["node", "erf", "tanh"] = "node"
-    patch: Literal["conv", "unshuffle", "halving"] = "conv"
-    patch_stride: int = 2  # the largest one that patch="halving" leaves to the last convolution
+    patch: Literal["conv", "unshuffle", "halving", "columns"] = "conv"  # "columns": pixels (B, h, w, in)
+    patch_stride: int = 2  # the largest one that "halving" and "columns" leave to the last convolution
     softmax: Literal["node", "exp"] = "node"
     logits: Literal["matrix", "map"] = "matrix"  # (B, classes), or (B, classes, 1, 1)
     qdq: Literal["none", "linear_inputs", "integer_ops", "all_tensors"] = "linear_inputs"

@@ -17,14 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.errors import ParityError
+from compressor.intervals import proportion_interval
 from compressor.types import Array
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["IMAGES", "Histogram", "Seen", "better", "divergence", "observe", "thresholds", "with_grids"]
+__all__ = [
+    "FLOOR",
+    "IMAGES",
+    "Histogram",
+    "Seen",
+    "attained",
+    "better",
+    "divergence",
+    "observe",
+    "thresholds",
+    "with_grids",
+]
 
 IMAGES = 64  # that thresholds are taken from, and that both quantizations are judged on
+FLOOR = 0.9  # share of classes that the quantization kept must have in common with float
+JUDGED = 8  # images below which no share is judged, as many as a bundle's golden inputs
 BINS = 2048
 LEVELS = 127  # of a symmetric int8 grid, on either side of zero
 SHARES = np.linspace(1.0, 0.2, 41)  # of the largest magnitude that a grid may reach
@@ -113,6 +128,17 @@ def thresholds(graph: onnx_ir.Model, seen: Seen) -> dict[str, float]:
     return ends
 
 
+def attained(ends: Mapping[str, float], seen: Seen) -> dict[str, float]:
+    """`ends`, none beyond the largest magnitude that was `seen`.
+
+    A compiler may derive a threshold in place of measuring it: D-Robotics' mapper ends the output of an Exp at e to the
+    threshold t of its input, which is symmetric, although everything there is below zero. On a grid to e^17 every value of
+    a softmax is rounded to zero (second model: 10 of 64 classes agree).
+    """
+    known = seen.histograms
+    return {name: min(end, known[name].largest) if name in known else end for name, end in ends.items()}
+
+
 def with_grids(graph: onnx_ir.Model, ends: Mapping[str, float]) -> onnx_ir.Model:
     """A copy of the float `graph` with a symmetric int8 QuantizeLinear and DequantizeLinear behind every tensor of `ends`.
 
@@ -163,9 +189,18 @@ def divergence(reference: Array, logits: Array) -> float:
 
 
 def better(reference: Array, candidates: Mapping[str, Array]) -> tuple[str, dict[str, str]]:
-    """The candidate whose logits diverge least from `reference`, and what was measured, for an artifact's settings."""
+    """The candidate whose logits diverge least from `reference`, and what was measured, for an artifact's settings.
+
+    Raises:
+        ParityError: even that one has fewer than `FLOOR` of the classes, by more than so few images can be wrong about.
+    """
     found = {name: divergence(reference, logits) for name, logits in candidates.items()}
-    chosen = min(found, key=lambda name: found[name])
+    chosen, count = min(found, key=lambda name: found[name]), len(reference)
     same = {n: int((logits.argmax(1) == reference.argmax(1)).sum()) for n, logits in candidates.items()}
-    told = (f"{name}: divergence {found[name]:.3g}, {same[name]} of {len(reference)} classes agree" for name in found)
-    return chosen, {"ranges": chosen, "ranges_measured": "; ".join(told)}
+    told = "; ".join(f"{n}: divergence {found[n]:.3g}, {same[n]} of {count} classes agree" for n in found)
+    if count >= JUDGED and proportion_interval(same[chosen], count)[1] < FLOOR:
+        raise ParityError(
+            f"Quantized model: at least {FLOOR:.0%} of the classes must be float's, got {same[chosen]} of {count} ({told}).",
+            hint="Prune less, calibrate on more images (--calib-size), or choose a target with 16 bits or float.",
+        )
+    return chosen, {"ranges": chosen, "ranges_measured": told}

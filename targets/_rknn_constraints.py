@@ -24,6 +24,13 @@ def _softmax(op: Op) -> str:
     return "a softmax runs on the CPU, with a reshape and a transpose of the values beside it"
 
 
+def _columns(op: Op) -> str:
+    """The patch form "columns": a (1, h, w, in) image reshaped to (1, h, w / n, n in), and transposed behind it."""
+    (before, *_), (after, *_) = op.inputs, op.outputs
+    moved = len(before) == len(after) == 4 and before[:2] == after[:2] and before[3] < after[3]
+    return "an image with channels last is reshaped on the CPU, and transposed there" if moved else ""
+
+
 def _table(*rules: Rule) -> Table:
     return Table(
         opsets=(0, 19),
@@ -36,5 +43,6 @@ def _table(*rules: Rule) -> Table:
     )
 
 
-PLAIN, SMALL = _table(), _table(Rule("Softmax", _softmax, MEASURED))
+PLAIN = _table()
+SMALL = _table(Rule("Softmax", _softmax, MEASURED), Rule("Reshape", _columns, f"{MEASURED}, rk3568"))
 TABLES = {"rk3588": PLAIN, "rk3576": PLAIN, "rk3562": PLAIN, "rk3568": SMALL, "rk3566": SMALL}

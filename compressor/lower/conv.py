@@ -45,6 +45,8 @@ def lower_conv(model: Model, capabilities: Capabilities, quantization: Quantizat
         raise ConfigError("Capabilities.layout 'conv' must be lowered in float, got a quantization.")
     if capabilities.opset < 11:
         raise ConfigError(f"Capabilities.opset of layout 'conv' must be at least 11, got {capabilities.opset}.")
+    if capabilities.patch == "columns":
+        raise ConfigError("Capabilities.patch of layout 'conv' must be conv, unshuffle or halving, got 'columns'.")
     emitter = _Conv(model, capabilities)
     spec, g = model.spec, emitter.graph
     x = emitter.embed(g.input("pixels", (spec.in_chans, *spec.image_size)))

@@ -13,14 +13,14 @@ __all__ = [
     "absorb_affine",
     "centre",
     "centre_heads",
-    "halve",
-    "halving_kernel",
     "head_kernel",
     "kernel",
     "key_scale_into_query",
     "mean_kernel",
     "patch_kernel",
     "pooling_windows",
+    "unshuffle",
+    "unshuffle_kernel",
     "value_bias_into_projection",
     "with_sums",
 ]
@@ -96,21 +96,22 @@ def patch_kernel(weight: Array) -> Array:
     return kernel(weight.transpose(0, 2, 3, 1).reshape(len(weight), -1))
 
 
-def halve(image: Array) -> Array:
-    """(..., c, 2h, 2w) -> (..., 4c, h, w): ONNX SpaceToDepth(2), whose channels run (y, x, c).
+def unshuffle(image: Array, rows: int, cols: int) -> Array:
+    """(..., c, rows * h, cols * w) -> (..., rows * cols * c, h, w), whose channels run (y, x, c) as ONNX SpaceToDepth's do.
 
-    A strided patch embedding of an image is one of the halved image with the halved kernel, whatever the strides' other factors:
-    both put pixel (2y + i, 2x + j) of channel k at (y, x) of channel (2i + j) c + k.
+    A strided patch embedding of an image is one of the smaller image with the smaller kernel, whatever the strides' other
+    factors: both put pixel (rows * y + i, cols * x + j) of channel k at (y, x) of channel (cols * i + j) c + k.
     """
     *lead, c, h, w = image.shape
-    parts = np.moveaxis(image.reshape(*lead, c, h // 2, 2, w // 2, 2), (-3, -1), (-5, -4))
-    return np.asarray(parts.reshape(*lead, 4 * c, h // 2, w // 2))
+    parts = np.moveaxis(image.reshape(*lead, c, h // rows, rows, w // cols, cols), (-3, -1), (-5, -4))
+    return np.asarray(parts.reshape(*lead, rows * cols * c, h // rows, w // cols))
 
 
-def halving_kernel(channels: int) -> Array:
-    """(4c, c, 2, 2) of zeros and ones: `halve` as a convolution with stride 2, exact in any precision."""
-    places = np.eye(4).reshape(4, 1, 2, 2)  # one kernel per (y, x)
-    return np.asarray(np.einsum("pqyx,oc->pocyx", places, np.eye(channels)).reshape(4 * channels, channels, 2, 2))
+def unshuffle_kernel(channels: int, rows: int, cols: int) -> Array:
+    """(rows cols c, c, rows, cols) of zeros and ones: `unshuffle` as a convolution with that stride, exact in any precision."""
+    places = np.eye(rows * cols).reshape(-1, 1, rows, cols)  # one kernel per (y, x)
+    kernels = np.einsum("pqyx,oc->pocyx", places, np.eye(channels))
+    return np.asarray(kernels.reshape(-1, channels, rows, cols))
 
 
 def head_kernel(weight: Array, rows: int) -> Array:

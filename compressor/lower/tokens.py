@@ -17,7 +17,7 @@ import onnx_ir as ir
 from compressor.errors import ConfigError
 from compressor.lower.activations import activation
 from compressor.lower.graph import CONTRIB, GraphBuilder
-from compressor.lower.patches import cropped, halved
+from compressor.lower.patches import columns, cropped, halved, pixels_shape
 from compressor.lower.qdq import Linears, opset
 from compressor.types import BlockSpec, Capabilities, Model, Quantization
 
@@ -27,10 +27,13 @@ POOLED_ROWS = {"token": 1, "token_dist": 2}  # pools that read only the first to
 
 
 def lower_tokens(model: Model, capabilities: Capabilities, quantization: Quantization | None) -> ir.Model:
-    """The ONNX graph of `model` on tokens: ``pixels`` (batch, in, h, w) -> ``logits`` (batch, classes), float32."""
+    """The ONNX graph of `model` on tokens: ``pixels`` (batch, in, h, w) -> ``logits`` (batch, classes), float32.
+
+    The patch form "columns" takes ``pixels`` (batch, h, w, in) where rows are a multiple of 16.
+    """
     emitter = _Tokens(model, capabilities, quantization)
     spec, g = model.spec, emitter.graph
-    pixels = g.input("pixels", (spec.in_chans, *spec.image_size))
+    pixels = g.input("pixels", pixels_shape(spec, capabilities))
     x = emitter.embed(pixels)
     rows = POOLED_ROWS.get(spec.pool, spec.tokens)
     for i, block in enumerate(spec.blocks):
@@ -56,7 +59,7 @@ class _Tokens:
     # ------------------------------------------------------------------ embedding
 
     def embed(self, pixels: ir.Value) -> ir.Value:
-        """(B, in, h, w) -> (B, T, C)."""
+        """(B, *pixels) -> (B, T, C)."""
         g, spec = self.graph, self.spec
         x = self.linears.input("patch", pixels, "patch")
         patches = self._patch_matmul(x) if self.form.patch == "unshuffle" else self._patch_conv(x)
@@ -68,10 +71,13 @@ class _Tokens:
 
     def _patch_conv(self, x: ir.Value) -> ir.Value:
         g, (rows, cols), c = self.graph, self.spec.grid, self.spec.embed_dim
-        if self.form.patch == "halving":
+        split = {"halving": halved, "columns": columns}.get(self.form.patch)
+        if split:
             if self.linears.stored("patch"):
-                raise ConfigError("Capabilities.patch of a quantized graph must be conv or unshuffle, got 'halving'.")
-            x = halved(g, self.spec, x, self.weights["patch.weight"], self.form.patch_stride)
+                raise ConfigError(
+                    f"Capabilities.patch of a quantized graph must be conv or unshuffle, got {self.form.patch!r}."
+                )
+            x = split(g, self.spec, x, self.weights["patch.weight"], self.form.patch_stride)
         else:
             x = self.linears.conv("patch", "patch", x)  # (B, C, rows, cols)
         return g.op("patch.transpose", "Transpose", g.reshape("patch.flat", x, (c, rows * cols)), perm=(0, 2, 1))

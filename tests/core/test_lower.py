@@ -99,6 +99,33 @@ def test_halved_patches_compute_the_model(stride, halvings):
     assert np.abs(run(graph, pixels) - torch_logits(model, pixels)).max() < FLOAT
 
 
+@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("size", "patch", "in_chans", "last"),
+    [
+        ((32, 37), (16, 16), 3, (4, 2)),
+        ((112, 30), (14, 14), 3, (7, 2)),
+        ((16, 8), (4, 4), 1, (4, 1)),
+        ((16, 5), (8, 5), 7, (2, 5)),
+        ((37, 32), (18, 16), 3, (9, 8)),
+        ((9, 8), (4, 4), 1, (4, 4)),
+    ],
+)
+def test_patches_read_as_columns_compute_the_model(size, patch, in_chans, last, batch):
+    """Also with pixels beyond the last patch, where no two neighbours fit, and where rows are no multiple of 16."""
+    model = random_model(VitSpec(size, patch, in_chans, 12, (BlockSpec(1, 8, 8, 16),), num_classes=5))
+    graph = lower(model, replace(PLAIN, patch="columns", patch_stride=4, batch=batch))
+    pixels = random_pixels(model.spec, 1)
+    first = model.spec.grid[0] * patch[0] % 16 != 0  # what RKNN does not reshape
+    images = pixels if first else np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    assert list(graph.graph.inputs[0].shape)[1:] == [*images.shape[1:]]
+    assert np.abs(run(graph, images) - torch_logits(model, pixels)).max() < FLOAT
+    final = next(node for node in graph.graph if node.name == "patch.conv")
+    assert tuple(final.attributes["strides"].as_ints()) == last
+    flipped = np.ascontiguousarray(images[:, ::-1, ::-1])
+    assert np.abs(run(graph, flipped) - torch_logits(model, pixels)).max() > 100 * FLOAT  # control
+
+
 @pytest.mark.parametrize("name", ["token_avg", "distilled"])
 @pytest.mark.parametrize("batch", ["static", "dynamic"])
 def test_logits_as_a_map_are_the_same_numbers(name, batch):
@@ -289,8 +316,9 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
         lower(model, replace(PLAIN, qdq="all_tensors"), plan)
     with pytest.raises(ConfigError, match="must be 'unshuffle', got 'conv'"):
         lower(model, replace(ORT, patch="conv"), plan)
-    with pytest.raises(ConfigError, match="must be conv or unshuffle, got 'halving'"):
-        lower(model, replace(PLAIN, patch="halving"), plan)
+    for patch in ("halving", "columns"):
+        with pytest.raises(ConfigError, match=f"must be conv or unshuffle, got '{patch}'"):
+            lower(model, replace(PLAIN, patch=patch), plan)
     with pytest.raises(ConfigError, match=r"all or none must be quantized, got \['blocks.0.k', 'blocks.0.v'\]"):
         lower(model, PLAIN, Quantization({n: q for n, q in plan.weights.items() if ".q." not in n}, plan.activations))
     per_channel = {s: QParams(np.ones(3, np.float32), 0, 8, axis=1) for s in plan.activations}

@@ -133,20 +133,32 @@ def test_patch_kernel_follows_space_to_depth():
     assert np.abs(got - want).max() < EXACT
 
 
-def test_halving_kernel_is_space_to_depth():
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2), (4, 1), (1, 3), (1, 1)])
+def test_an_unshuffling_kernel_is_space_to_depth(rows, cols):
     image = rng().normal(size=(3, 4, 6))
-    cut = image.reshape(3, 2, 2, 3, 2).transpose(2, 4, 0, 1, 3).reshape(12, 2, 3)  # ONNX: out channels run (y, x, in)
-    assert np.array_equal(folds.halve(image), cut)
-    got = torch.nn.functional.conv2d(torch.from_numpy(image)[None], torch.from_numpy(folds.halving_kernel(3)), stride=2)
+    cut = image.reshape(3, 4 // rows, rows, 6 // cols, cols).transpose(2, 4, 0, 1, 3)  # out channels run (y, x, in)
+    cut = cut.reshape(3 * rows * cols, 4 // rows, 6 // cols)
+    assert np.array_equal(folds.unshuffle(image, rows, cols), cut)
+    kernel = torch.from_numpy(folds.unshuffle_kernel(3, rows, cols))
+    got = torch.nn.functional.conv2d(torch.from_numpy(image)[None], kernel, stride=(rows, cols))
     assert np.array_equal(got[0].numpy(), cut)
 
 
-def test_a_halved_kernel_on_a_halved_image_is_the_strided_convolution():
+def test_side_by_side_pixels_of_an_image_with_channels_last_are_its_unshuffled_columns():
+    """What the patch form "columns" gets from a reshape; control: with channels first it is something else."""
+    image = rng().normal(size=(3, 4, 6))
+    last = image.transpose(1, 2, 0).reshape(4, 3, 6).transpose(2, 0, 1)
+    assert np.array_equal(last, folds.unshuffle(image, 1, 2))
+    assert not np.array_equal(image.reshape(6, 4, 3), folds.unshuffle(image, 1, 2))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2), (3, 1), (1, 4)])
+def test_an_unshuffled_kernel_on_an_unshuffled_image_is_the_strided_convolution(rows, cols):
     r = rng()
     weight, image = r.normal(size=(5, 3, 6, 4)), r.normal(size=(1, 3, 12, 8))
     want = torch.nn.functional.conv2d(torch.from_numpy(image), torch.from_numpy(weight), stride=(6, 4))
-    halved = torch.from_numpy(folds.halve(image)), torch.from_numpy(folds.halve(weight))
-    assert (torch.nn.functional.conv2d(*halved, stride=(3, 2)) - want).abs().max() < EXACT
+    small = (torch.from_numpy(folds.unshuffle(part, rows, cols)) for part in (image, weight))
+    assert (torch.nn.functional.conv2d(*small, stride=(6 // rows, 4 // cols)) - want).abs().max() < EXACT
 
 
 def test_head_kernel_reads_tokens_side_by_side():
@@ -341,6 +353,8 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
         lower(m, RDK, Quantization({}, {}))
     with pytest.raises(ConfigError, match="at least 11, got 10"):
         lower(m, replace(RDK, opset=10))
+    with pytest.raises(ConfigError, match="must be conv, unshuffle or halving, got 'columns'"):
+        lower(m, replace(RDK, patch="columns"))
     oblong = model(replace(SPEC, patch_size=(4, 8)))
     with pytest.raises(ConfigError, match=r"must be square for patch form 'unshuffle', got \(4, 8\)"):
         lower(oblong, replace(RDK, patch="unshuffle"))

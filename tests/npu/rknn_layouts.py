@@ -1,4 +1,7 @@
-"""Run by the Rockchip environment's own interpreter: the simulator fed as the host does (NCHW) and as a board is (NHWC)."""
+"""Run by the Rockchip environment's own interpreter: the simulator fed as the host does (NCHW) and as a board is (NHWC).
+
+"last": what the toolkit counts as NCHW is (n, h, w, in).
+"""
 
 import importlib.util
 from pathlib import Path
@@ -13,10 +16,13 @@ def both(arguments, arrays):
     spec = importlib.util.spec_from_file_location("worker", FILE)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    worker.load(arguments, {})
+    worker.load({"parts": arguments["parts"]}, {})
     (images,), (model,) = arrays.values(), worker._sessions
-    nchw = [model.inference(inputs=[image[None]], data_format=["nchw"])[0] for image in images]
-    nhwc = [model.inference(inputs=[np.ascontiguousarray(image[None].transpose(0, 2, 3, 1))])[0] for image in images]
-    wrong = model.inference(inputs=[np.ascontiguousarray(images[:1, :, ::-1].transpose(0, 2, 3, 1))])[0]
-    same, control = np.array_equal(nchw, nhwc), not np.array_equal(nchw[0], wrong)
-    return {"same": bool(same), "control": bool(control), "dtype": str(nhwc[0].dtype), "shape": list(nhwc[0].shape)}, {}
+    if arguments["last"]:
+        images = images.transpose(0, 2, 3, 1)
+    board = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    wrong = np.ascontiguousarray(images[:1, :, ::-1].transpose(0, 2, 3, 1))
+    host = [model.inference(inputs=[np.ascontiguousarray(image[None])], data_format=["nchw"])[0] for image in images]
+    got = [model.inference(inputs=[image[None]])[0] for image in board]
+    same, control = np.array_equal(host, got), not np.array_equal(host[0], model.inference(inputs=[wrong])[0])
+    return {"same": bool(same), "control": bool(control), "dtype": str(got[0].dtype), "shape": list(got[0].shape)}, {}

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ import pytest
 
 from compressor.errors import TargetUnavailable
 from compressor.lower import lower
-from compressor.types import BuildOptions
-from targets import _venv, bpu, qnn, rknn
+from compressor.types import BlockSpec, BuildOptions, VitSpec
+from targets import _estimate, _venv, bpu, qnn, rknn
+from tests.models import random_model, random_pixels
 from tests.npu.bundles import FILES, LOGITS, MODEL, artifact_of, bundle_of
 from tests.npu.models import cosine, images, torch_logits
 
@@ -113,6 +115,16 @@ def test_a_board_gets_images_one_by_one_in_its_layout(name, board, tmp_path):
     assert box.loaded == [str(artifact.path)]
     assert [op.name for op in session.ops({})] == ["head.conv", "blocks.0.softmax"]
     assert session.estimate().npu_mac_share == 0.75
+
+
+def test_an_rk_board_gets_what_its_graph_takes_with_the_first_axis_last(board, tmp_path):
+    """The toolkit counts (h, w, in) as channels, rows and columns."""
+    box, artifact = board("rknn"), artifact_of("rknn", tmp_path)
+    x = images(MODEL, 1)
+    rknn.open(replace(artifact, settings={**artifact.settings, "pixels": "NHWC"})).run({"pixels": x})
+    rknn.open(artifact).run({"pixels": x})
+    taken, usual = box.given
+    assert np.array_equal(taken, x.transpose(0, 3, 1, 2)) and np.array_equal(usual, x.transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -219,11 +231,20 @@ def test_the_qnn_runner_computes_the_model_on_the_emulator(tmp_path):
 
 
 @pytest.mark.skipif(not rknn.available().available, reason=f"{rknn.available().reason}; {rknn.available().fix}")
-def test_rockchips_runtime_takes_the_layout_of_the_runner(tmp_path):
-    options = BuildOptions(tmp_path, "w8a8", calibration=(images(MODEL, 4),))
-    artifact = rknn.build(lower(MODEL, rknn.CAPABILITIES), options)
+@pytest.mark.parametrize("rows", [28, 32])
+def test_rockchips_runtime_takes_the_layout_of_the_runner(tmp_path, rows):
+    """Graphs that take (in, h, w), and (h, w, in)."""
+    model = MODEL if rows == 28 else random_model(VitSpec((32, 24), (8, 8), 3, 64, (BlockSpec(2, 32, 32, 64),)))
+    x = images(MODEL, 3) if rows == 28 else random_pixels(model.spec, 3)
+    artifact = rknn.build(lower(model, rknn.CAPABILITIES), BuildOptions(tmp_path, "w8a8", calibration=(x,)))
+    assert artifact.settings["pixels"] == ("NCHW" if rows == 28 else "NHWC")
+    assert artifact.inputs[0].shape[1:] == x.shape[1:]
     parts = [str(next(f.resolve() for f in artifact.files if f.name.endswith(end))) for end in rknn.SUFFIXES[1:]]
     script = Path(__file__).with_name("rknn_layouts.py")
     with _venv.Worker(rknn.RECIPE, script, None, rknn.LIMITS) as worker:
-        found, _ = worker.call("both", {"parts": parts}, {"x": images(MODEL, 3)})
-    assert found == {"same": True, "control": True, "dtype": "float32", "shape": [1, 10, 1, 1]}
+        found, _ = worker.call("both", {"parts": parts, "last": rows == 32}, {"x": x})
+    logits = torch_logits(model, x)
+    assert found == {"same": True, "control": True, "dtype": "float32", "shape": [1, logits.shape[1], 1, 1]}
+    estimate = _estimate.read(artifact)
+    assert estimate.cpu_ops == () and len(estimate.subgraphs) == 1
+    assert cosine(rknn.open(artifact).run({"pixels": x})["logits"], logits) > 0.98

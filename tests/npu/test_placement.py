@@ -16,10 +16,11 @@ from bench import npu
 from compressor.errors import ConfigError
 from compressor.lower import lower
 from compressor.placement import place
-from compressor.types import BlockSpec, BuildOptions
+from compressor.types import BlockSpec, BuildOptions, VitSpec
 from targets import _estimate, bpu, qnn, rknn
 from targets._constraints import check
 from tests.cli.conftest import vitrim
+from tests.models import random_model
 from tests.npu.models import first_blocks, images
 
 TARGETS = ("bpu", "qnn", "rknn")
@@ -98,6 +99,14 @@ def test_the_softmax_of_the_smaller_rockchips_is_named():
     graph = lower(first_blocks(2), rknn.CAPABILITIES)
     assert found(graph, "rknn", "rk3568") == [("Softmax", f"blocks.{i}.softmax") for i in range(2)]
     assert found(graph, "rknn", "rk3576") == []
+
+
+def test_the_columns_of_an_image_on_the_smaller_rockchips_are_named():
+    """Of one whose rows are a multiple of 16: another's graph has no such reshape."""
+    model = random_model(VitSpec((32, 24), (8, 8), 3, 64, (BlockSpec(2, 32, 32, 64),)))
+    graph = lower(model, rknn.CAPABILITIES)
+    assert found(graph, "rknn", "rk3568") == [("Reshape", "patch.columns"), ("Softmax", "blocks.0.softmax")]
+    assert found(graph, "rknn") == found(graph, "rknn", "rk3562") == []
 
 
 def test_single_rules_hold_at_their_limit_and_not_before():

@@ -7,6 +7,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 
+from compressor.errors import ParityError
 from compressor.lower import lower
 from compressor.lower.graph import GraphBuilder
 from targets import _ranges, bpu
@@ -65,6 +66,16 @@ def test_moved_values_keep_their_grid_and_an_exp_needs_no_more_than_it_can_show(
     assert near["below"] == pytest.approx(np.abs(x).max() / 10)  # nothing to cut
 
 
+def test_an_end_beyond_what_is_seen_is_cut():
+    """As the mapper's for an Exp of values below zero, e to what is minus their least."""
+    x = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
+    seen = _ranges.observe(small(), x)
+    largest = {name: seen.histograms[name].largest for name in seen.histograms}
+    ends = {"below": largest["below"], "logits": float(np.exp(largest["below"])), "pixels": 0.5, "minus": 1.0}
+    cut = _ranges.attained(ends, seen)
+    assert cut == {**ends, "logits": largest["logits"]} and cut["logits"] <= 1.0 < ends["logits"]
+
+
 def test_a_grid_rounds_what_is_read_behind_it():
     x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
     graph = small()
@@ -84,3 +95,20 @@ def test_the_smaller_divergence_is_kept():
     chosen, told = _ranges.better(reference, {"vendor": far, "vitrim": near})
     assert chosen == told["ranges"] == "vitrim" and "vitrim: divergence" in told["ranges_measured"]
     assert _ranges.better(reference, {"vendor": near, "vitrim": far})[0] == "vendor"
+
+
+def test_a_quantized_model_with_other_classes_is_refused():
+    """Judged by what so few images can say: 85 of 100 may be bad luck, 75 are not, nor 2 of 8; of 7 nothing is said."""
+
+    def judged(count, same):
+        reference = np.eye(10)[np.arange(count) % 10]
+        return _ranges.better(reference, {"vendor": np.where(np.arange(count)[:, None] < same, reference, -reference)})
+
+    for count, same in ((100, 100), (100, 85), (64, 60), (8, 7), (7, 0)):
+        assert judged(count, same)[0] == "vendor"
+    for count, same in ((100, 75), (64, 45), (8, 2)):
+        with pytest.raises(
+            ParityError, match=f"at least 90% of the classes must be float's, got {same} of {count}"
+        ) as caught:
+            judged(count, same)
+        assert "--calib-size" in caught.value.hint and caught.value.exit_code == 1
