@@ -88,8 +88,8 @@ class ImageSet:
     def digest(self) -> str:
         """sha256 over the content hashes in order: names this very list of images."""
         total = hashlib.sha256()
-        for item in self.items:
-            total.update(bytes.fromhex(_content_hash(item)))
+        for image in self.content_hashes():
+            total.update(bytes.fromhex(image))
         return total.hexdigest()
 
 

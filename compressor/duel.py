@@ -186,13 +186,14 @@ def duel(
     """
     config, elapsed = config or DuelConfig(), timer()
     coins, runs = Random(gate.seed), [list[Pair]()]
-    while (step := next_step([[p.ratio for p in run] for run in runs], gate)) in ("measure", "confirm"):
-        if step == "confirm":
-            runs.append([])
-        if runs[0] and elapsed() > config.budget_s:
-            break
-        runs[-1].append(_pair(candidate, baseline, coins, config))
-        progress("pairs" if len(runs) == 1 else "pairs, confirming", len(runs[-1]), gate.max_pairs)
+    with pinned(config.threads):  # both sides of every pair inherit the same CPUs
+        while (step := next_step([[p.ratio for p in run] for run in runs], gate)) in ("measure", "confirm"):
+            if step == "confirm":
+                runs.append([])
+            if runs[0] and elapsed() > config.budget_s:
+                break
+            runs[-1].append(_pair(candidate, baseline, coins, config))
+            progress("pairs" if len(runs) == 1 else "pairs, confirming", len(runs[-1]), gate.max_pairs)
     progress("pairs", gate.max_pairs, gate.max_pairs)  # most often it needs far fewer
     kept = [run for run in runs if run]
     verdict = conclude([[p.ratio for p in run] for run in kept], gate)
@@ -217,7 +218,7 @@ def _pair(candidate: Contender, baseline: Contender, coins: Random, config: Duel
     start, turn = _shuffled(coins, list(contenders)), _shuffled(coins, list(contenders))
     settings = {"threads": config.threads, "warmup": config.warmup}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    with pinned(config.threads), ExitStack() as stack:  # both sides on the same CPUs
+    with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(contenders[name], settings)) for name in start}
         for worker in workers.values():
             worker.hear()

@@ -21,20 +21,20 @@ from torch import Tensor
 
 from compressor.linalg import GramSum, require_finite
 
-__all__ = ["CrossSum", "LeastSquares", "Quadratic", "read"]
+__all__ = ["CrossSum", "LeastSquares", "Quadratic"]
 
 NOISE = 1e-6  # of float32 products, as a share of the second moments they are taken from
 TINY = 1e-300  # keeps 0 / 0 at 0
 
 
-def read(rows: Tensor, kept: Tensor) -> Tensor:
+def _read(rows: Tensor, kept: Tensor) -> Tensor:
     """What `kept` reads of rows (n, M): columns by index (k,), or products with a basis (M, k)."""
     return rows[:, kept] if kept.ndim == 1 else rows @ kept
 
 
 def _both(symmetric: Tensor, kept: Tensor) -> Tensor:
     """(M, M) -> (k, k)."""
-    return read(read(symmetric, kept).mT, kept)
+    return _read(_read(symmetric, kept).mT, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Quadratic:
     def solve(self, kept: Tensor) -> Tensor | None:
         """The minimising weights (C, kept); None when the sums are too noisy for so little damping."""
         factor, info = torch.linalg.cholesky_ex(_both(self.hessian, kept))
-        return torch.cholesky_solve(read(self.cross, kept).mT, factor).mT if info.item() == 0 else None
+        return torch.cholesky_solve(_read(self.cross, kept).mT, factor).mT if info.item() == 0 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +82,11 @@ class LeastSquares:
 
     def bias(self, weight: Tensor, kept: Tensor) -> Tensor:
         """The b that goes with `weight` (C, kept)."""
-        return self.mean_t - read(self.mean_x[None], kept)[0] @ weight.mT
+        return self.mean_t - _read(self.mean_x[None], kept)[0] @ weight.mT
 
     def excess(self, weight: Tensor, bias: Tensor, kept: Tensor) -> float:
         """E ||t - W x - b||^2 less the energy of the targets, for W (C, kept)."""
-        sigma, cross = _both(self.sigma, kept), read(self.cross, kept)
+        sigma, cross = _both(self.sigma, kept), _read(self.cross, kept)
         offset = (self.bias(weight, kept) - bias).square().sum().item()
         return ((weight @ sigma - 2 * cross) * weight).sum().item() + offset
 
