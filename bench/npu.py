@@ -240,8 +240,10 @@ def compare(job: Job) -> None:
                 continue
             told = row(f"{job.target} {precision} {job.label} {form}", artifact, time.perf_counter() - started)
             print(told, job.accuracy(model, artifact), flush=True)
-            if "ranges_measured" in artifact.settings:
-                print(f"{'':<36} {artifact.settings['ranges_measured']}", flush=True)
+            if "measured" in artifact.settings:
+                print(
+                    f"{'':<36} {artifact.settings['additions']} additions; {artifact.settings['measured']}", flush=True
+                )
             found = _estimate.read(artifact)
             costs[form] = cost(found)[0]
             if cycles := embedding(found):

@@ -1,4 +1,4 @@
-"""Our own ranges for a compiler that quantizes by itself, and the choice between its ranges and ours by what they compute.
+"""Our own ranges for a compiler that quantizes by itself.
 
 A vendor's calibration takes the extreme of every tensor. Ours takes, for each, the threshold inside it whose grid has the least
 mean squared error on the same images: few values lie near the extreme, and every other one gets finer steps. A tensor that an
@@ -11,35 +11,19 @@ place of divergence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.errors import ParityError
-from compressor.intervals import proportion_interval
 from compressor.types import Array
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = [
-    "FLOOR",
-    "IMAGES",
-    "Histogram",
-    "Seen",
-    "attained",
-    "better",
-    "divergence",
-    "observe",
-    "thresholds",
-    "with_grids",
-]
+__all__ = ["Histogram", "Seen", "attained", "observe", "thresholds", "with_grids"]
 
-IMAGES = 64  # that thresholds are taken from, and that both quantizations are judged on
-FLOOR = 0.9  # share of classes that the quantization kept must have in common with float
-JUDGED = 8  # images below which no share is judged, as many as a bundle's golden inputs
 BINS = 2048
 LEVELS = 127  # of a symmetric int8 grid, on either side of zero
 SHARES = np.linspace(1.0, 0.2, 41)  # of the largest magnitude that a grid may reach
@@ -68,6 +52,24 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How a grid is written: its integers, and the nodes that round to it and back, with their attributes."""
+
+    dtype: type[np.signedinteger[Any]]
+    pair: Mapping[str, Mapping[str, Any]]
+    domain: str = ""
+
+    @property
+    def zero(self) -> str:
+        return f"grid.zero.{np.dtype(self.dtype)}"
+
+
+INT8 = Grid(np.int8, {"QuantizeLinear": {}, "DequantizeLinear": {}})
+# D-Robotics' own nodes: hb_mapper 1.24.3 takes the standard ones with an int16 zero, and computes nonsense (0 of 500 classes).
+INT16 = Grid(np.int16, {"HzQuantize": {"bits": 16}, "HzDequantize": {}}, "horizon")
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a float graph computed: a histogram of every activation by name, and the logits (n, classes)."""
 
@@ -76,9 +78,9 @@ class Seen:
 
 
 def observe(graph: onnx_ir.Model, images: Array) -> Seen:
-    """What the float `graph` computes from the first `IMAGES` of `images` (n, C, h, w), one at a time."""
+    """What the float `graph` computes from `images` (n, C, h, w), one at a time."""
     session, names = _session(graph)
-    output, images = graph.graph.outputs[0].name, images[:IMAGES]
+    output = graph.graph.outputs[0].name
     largest: dict[str, float] = {}
     for name, value in _values(session, names, images):
         largest[name] = max(largest.get(name, 0.0), float(np.abs(value).max()))
@@ -139,33 +141,39 @@ def attained(ends: Mapping[str, float], seen: Seen) -> dict[str, float]:
     return {name: min(end, known[name].largest) if name in known else end for name, end in ends.items()}
 
 
-def with_grids(graph: onnx_ir.Model, ends: Mapping[str, float]) -> onnx_ir.Model:
-    """A copy of the float `graph` with a symmetric int8 QuantizeLinear and DequantizeLinear behind every tensor of `ends`.
+def with_grids(graph: onnx_ir.Model, ends: Mapping[str, float], wide: Collection[str] = ()) -> onnx_ir.Model:
+    """A copy of the float `graph` with a symmetric grid, as a pair of nodes, behind every tensor of `ends`.
 
     Args:
         graph: of opset 10 at least.
         ends: largest magnitude of the grid by name of an input, a constant or an activation; other names are left out.
+        wide: names whose grid is int16; of all others it is int8.
     """
     import onnx
     import onnx_ir
 
     proto = onnx_ir.to_proto(graph)
     old, nodes, read = list(proto.graph.node), proto.graph.node, dict[str, str]()
-    constant = onnx.numpy_helper.from_array
-    names = [value.name for value in (*proto.graph.input, *proto.graph.initializer)]
-    proto.graph.initializer.append(constant(np.array(0, np.int8), "grid.zero"))
+    constants, constant = proto.graph.initializer, onnx.numpy_helper.from_array
+    names = [value.name for value in (*proto.graph.input, *constants)]
+    for form in (INT8, INT16)[: 2 if wide else 1]:
+        constants.append(constant(np.array(0, form.dtype), form.zero))
+    if wide:
+        proto.opset_import.append(onnx.helper.make_opsetid(INT16.domain, 1))
     del nodes[:]
 
     def grid(name: str) -> None:
-        if name in ends:
-            scale = np.array(max(ends[name], 1e-8) / LEVELS, np.float32)
-            proto.graph.initializer.append(constant(scale, f"{name}.scale"))
-            read[name], source = f"{name}.dequantize", name
-            for kind in ("Quantize", "Dequantize"):
-                output = f"{name}.{kind.lower()}"
-                inputs = [source, f"{name}.scale", "grid.zero"]
-                nodes.append(onnx.helper.make_node(f"{kind}Linear", inputs, [output], name=output))
-                source = output
+        if name not in ends:
+            return
+        form, source = INT16 if name in wide else INT8, name
+        scale = max(ends[name], 1e-8) / np.iinfo(form.dtype).max
+        constants.append(constant(np.array(scale, np.float32), f"{name}.scale"))
+        for kind, attributes in form.pair.items():
+            output = f"{name}.{'de' * (source != name)}quantize"
+            inputs = [source, f"{name}.scale", form.zero]
+            nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, domain=form.domain, **attributes))
+            source = output
+        read[name] = source
 
     for name in names:
         grid(name)
@@ -175,32 +183,3 @@ def with_grids(graph: onnx_ir.Model, ends: Mapping[str, float]) -> onnx_ir.Model
         for name in node.output:
             grid(name)
     return onnx_ir.from_proto(proto)
-
-
-def divergence(reference: Array, logits: Array) -> float:
-    """Mean Kullback-Leibler divergence of the predictions (n, classes) from those of `reference`, in nats.
-
-    >>> round(divergence(np.array([[0.0, 0.0]]), np.log([[0.9, 0.1]])), 3)  # 0.5 log(0.5 / 0.9) + 0.5 log(0.5 / 0.1)
-    0.511
-    """
-    wanted, got = (z.astype(np.float64) - z.max(axis=1, keepdims=True) for z in (reference, logits))
-    wanted, got = (z - np.log(np.exp(z).sum(axis=1, keepdims=True)) for z in (wanted, got))
-    return float((np.exp(wanted) * (wanted - got)).sum(axis=1).mean())
-
-
-def better(reference: Array, candidates: Mapping[str, Array]) -> tuple[str, dict[str, str]]:
-    """The candidate whose logits diverge least from `reference`, and what was measured, for an artifact's settings.
-
-    Raises:
-        ParityError: even that one has fewer than `FLOOR` of the classes, by more than so few images can be wrong about.
-    """
-    found = {name: divergence(reference, logits) for name, logits in candidates.items()}
-    chosen, count = min(found, key=lambda name: found[name]), len(reference)
-    same = {n: int((logits.argmax(1) == reference.argmax(1)).sum()) for n, logits in candidates.items()}
-    told = "; ".join(f"{n}: divergence {found[n]:.3g}, {same[n]} of {count} classes agree" for n in found)
-    if count >= JUDGED and proportion_interval(same[chosen], count)[1] < FLOOR:
-        raise ParityError(
-            f"Quantized model: at least {FLOOR:.0%} of the classes must be float's, got {same[chosen]} of {count} ({told}).",
-            hint="Prune less, calibrate on more images (--calib-size), or choose a target with 16 bits or float.",
-        )
-    return chosen, {"ranges": chosen, "ranges_measured": told}

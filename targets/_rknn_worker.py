@@ -8,19 +8,23 @@ calibrated, the second turns them into what is exported, and again into what is 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compile", "load", "run"]
+__all__ = ["compile", "load", "quantize", "run"]
 
 _sessions: list[Any] = []  # the one model this process simulates
 STEM = "model"
 PARTS = tuple(f"{STEM}.{part}" for part in ("model", "data", "quantization.cfg"))  # as the first step names its files
 
 
-def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Quantize ``arguments["onnx"]`` (``STEM.onnx``) on the calibration images and compile it for ``arguments["chip"]``."""
+def quantize(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Calibrate ``arguments["onnx"]`` (``STEM.onnx``) for ``arguments["chip"]``: the first step's files, by what they compute.
+
+    ``int8``, and ``int16`` where the toolkit lets the tensors ``arguments["additions"]`` be so.
+    """
     import numpy as np
 
     names = [f"image{i}.npy" for i in range(len(arrays["calibration"]))]
@@ -34,13 +38,35 @@ def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str
     _done("load_onnx", tool.load_onnx(model=arguments["onnx"]))
     _done("hybrid_quantization_step1", tool.hybrid_quantization_step1(dataset="images.txt", proposal=False))
     tool.release()
-    tool = _second_step(PARTS)
-    _done("export_rknn", tool.export_rknn(f"{STEM}.rknn"))
-    return {"files": [str(Path(name).resolve()) for name in (f"{STEM}.rknn", *PARTS)]}, {}
+    parts = {"int8": PARTS}
+    wide = _widened(Path(PARTS[-1]).read_text(encoding="utf-8"), arguments["additions"])
+    if wide:
+        Path("int16.cfg").write_text(wide, encoding="utf-8")
+        parts["int16"] = (*PARTS[:-1], "int16.cfg")
+    return {way: [str(Path(name).resolve()) for name in names] for way, names in parts.items()}, {}
+
+
+def _widened(settings: str, additions: Sequence[str]) -> str:
+    """The first step's `settings` with int16 for the layers that the toolkit made of `additions`; empty if there are none.
+
+    It names a layer as the tensor it came from, and what it did to that behind a sign: ``blocks.0.attn-rs``.
+    """
+    empty = "custom_quantize_layers: {}"
+    layers = re.findall(r"^    ([^\s:]+):$", settings.partition("quantize_parameters:")[2], re.M)
+    found = [layer for layer in layers if re.split(r"[-_#]", layer)[0] in additions]
+    wanted = "".join(f"\n    {layer}: int16" for layer in found)
+    return settings.replace(empty, empty.removesuffix(" {}") + wanted, 1) if found and empty in settings else ""
+
+
+def compile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile ``arguments["parts"]``, files of `quantize`, to a ``.rknn``; its table is the last that is printed."""
+    del arrays  # Unused: calibrated before
+    _done("export_rknn", _second_step(arguments["parts"]).export_rknn(f"{STEM}.rknn"))
+    return {"files": [str(Path(f"{STEM}.rknn").resolve()), *arguments["parts"]]}, {}
 
 
 def load(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Open what ``arguments["parts"]``, the files of the first step, compile to, in the simulator for `run`."""
+    """Open what ``arguments["parts"]``, files of `quantize`, compile to, in the simulator for `run`."""
     del arrays  # Unused
     tool = _second_step(arguments["parts"])
     _done("init_runtime", tool.init_runtime())

@@ -1,9 +1,10 @@
 """D-Robotics RDK (Horizon BPU): compiled by the vendor's mapper, simulated on x86, latency from the compiler's timing model.
 
-The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it twice: with the
-thresholds it calibrates on the images it is given, cut to what float attains, and with ours (`_ranges`), both handed over as
-QuantizeLinear nodes where it has its own. What diverges less from float in its simulator is compiled, the artifact's settings
-say which, and one that is another network is refused.
+The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it three ways: with
+the thresholds it calibrates on the images it is given, cut to what float attains; with ours (`_ranges`); and with ours and the
+residual stream's additions in int16, which cost 2 % of the time and have to be worth it. All are handed over as nodes where the
+mapper has its own. What diverges least from float in its simulator is compiled (`_choice`), the artifact's settings say which,
+and one that is another network is refused.
 
 Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no operation on the CPU. A softmax node
 would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves it, a ReduceMax, and a MaxPool over a
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from compressor.errors import ConfigError, TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord, TensorSpec
-from targets import _board, _estimate, _ranges, _venv
+from targets import _board, _choice, _estimate, _ranges, _venv
 from targets._artifacts import check_chip, check_files, check_precision, tensor_specs
 from targets._bpu_constraints import TABLES
 from targets._compile import Build, compiling, flat
@@ -41,8 +42,6 @@ NAME = "bpu"
 CAPABILITIES = Capabilities(
     layout="conv",
     opset=11,
-    # Additions of the residual stream stay int8: in int16 two blocks of DeiT-Tiny take 2.0 % longer, and of 200 images the
-    # embedded model gives 199 the class of float either way (divergence 0.00141 for 0.00158; bench/results/npu.md).
     precisions=("w8a8",),
     norm="conv",
     patch="halving",  # one block of DeiT-Tiny at O2: 0.47 ms, against 1.95 with the 16 x 16 convolution
@@ -54,6 +53,7 @@ CAPABILITIES = Capabilities(
     batch="static",
 )
 CHIPS = ("bayes-e", "bayes", "bernoulli2")  # RDK X5, RDK Ultra, RDK X3
+ADDS_INT16 = ("bayes-e", "bayes")  # hbdk-cc fails on int16 additions for bernoulli2
 EFFORTS = ("O0", "O1", "O2", "O3")
 LIMITS = _venv.Limits(seconds=3600)
 SCRIPT = Path(__file__).with_name("_bpu_worker.py")
@@ -83,6 +83,8 @@ KNOWN = {
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\s+\S+\s+(\S+)\s*$", re.M)
 LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
+OURS, WIDE = "vitrim", "vitrim-int16"  # ways to quantize, beside the vendor's
+WORTH = {WIDE: 0.95}  # it takes 2 to 3 % more time (bench/results/npu.md)
 BOARD = ("hobot_dnn", "hobot_dnn_rdkx5")  # as the board's system image has it, and as the package index
 
 
@@ -125,7 +127,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
 
     Raises:
         ConfigError: the precision or chip is unknown, or there are no calibration images.
-        ParityError: the mapper's integers do not compute the network (`_ranges.FLOOR`).
+        ParityError: the mapper's integers do not compute the network (`_choice.FLOOR`).
         TargetUnavailable: the mapper is not installed, failed, or took too long.
     """
     return compile_graph(graph, options, "O2")
@@ -147,15 +149,15 @@ def compile_graph(graph: onnx_ir.Model, options: BuildOptions, effort: str) -> A
 
 
 def _quantized(job: Build, graph: onnx_ir.Model, pixels: TensorSpec, chip: str) -> tuple[Path, dict[str, str]]:
-    """The graph with the better thresholds where the mapper puts its own, or in float where it refuses them; and what decided.
+    """The graph with the best grids where the mapper puts its own, or in float where it refuses them all; and what decided.
 
-    Its own, cut to what float attains, and ours are quantized by the mapper, whose integers are held against float on
-    calibration images.
+    The mapper quantizes every way (`_ways`), and its integers are held against float on calibration images.
 
     Raises:
-        ParityError: the better of the two are not the same network either.
+        ParityError: the best of them is not the same network either.
     """
     images = np.concatenate(job.options.calibration)
+    judged = images[: _choice.IMAGES]
 
     def quantized(onnx: Path, arrays: dict[str, Array]) -> dict[str, Any]:
         """The mapper's quantized model, and its threshold of every tensor."""
@@ -163,25 +165,49 @@ def _quantized(job: Build, graph: onnx_ir.Model, pixels: TensorSpec, chip: str) 
 
     def simulated(model: str) -> Array:
         job.worker.call("load", {"model": model})
-        (logits,) = job.worker.call("run", {}, {pixels.name: images[: _ranges.IMAGES]})[1].values()
+        (logits,) = job.worker.call("run", {}, {pixels.name: judged})[1].values()
         return logits.reshape(len(logits), -1)
 
-    plain, seen = quantized(job.onnx, {"calibration": images}), _ranges.observe(graph, images)
-    theirs: dict[str, float] = plain["thresholds"]
-    weights = {value.name for node in graph.graph if node.op_type == "Conv" for value in node.inputs[1:] if value}
-    ends = {"vendor": _ranges.attained(theirs, seen), "vitrim": theirs | _ranges.thresholds(graph, seen)}
-    files = {
-        name: job.save(_ranges.with_grids(graph, {n: found[n] for n in theirs if n not in weights}), name)
-        for name, found in ends.items()
+    plain, seen = quantized(job.onnx, {"calibration": images}), _ranges.observe(graph, judged)
+    sums = _choice.residual_additions(graph) if chip in ADDS_INT16 else ()
+    files = {way: job.save(gridded, way) for way, gridded in _ways(graph, plain["thresholds"], seen, sums).items()}
+    logits, refused = dict[str, Array](), ""
+    for way, file in files.items():
+        try:
+            logits[way] = simulated(quantized(file, {})["model"])
+        except TargetUnavailable as error:
+            refused += f"; the mapper refuses {way}: {error}"
+    if not logits:
+        files, logits = {"vendor": job.onnx}, {"vendor": simulated(plain["model"])}
+    way, measured = _choice.best(seen.logits, logits, WORTH)
+    ranges, additions = (OURS, "int16") if way == WIDE else (way, "int8")
+    return files[way], {"ranges": ranges, "additions": additions, "measured": measured + refused}
+
+
+def _ways(
+    graph: onnx_ir.Model, theirs: Mapping[str, float], seen: _ranges.Seen, sums: Collection[str]
+) -> dict[str, onnx_ir.Model]:
+    """The float `graph` with grids where the mapper puts some: as it ends them, cut to what float attains; as we do; and ours
+    with int16 up to the largest magnitude seen in the additions `sums`, and in the convolutions that write them.
+    """
+    weights = {v.name or "" for node in graph.graph if node.op_type == "Conv" for v in node.inputs[1:] if v}
+    ends = {"vendor": _ranges.attained(theirs, seen), OURS: dict(theirs) | _ranges.thresholds(graph, seen)}
+    ways = {
+        way: _ranges.with_grids(graph, {n: found[n] for n in theirs if n not in weights}) for way, found in ends.items()
     }
-    try:
-        logits = {name: simulated(quantized(file, {})["model"]) for name, file in files.items()}
-    except TargetUnavailable as error:
-        measured = _ranges.better(seen.logits, {"vendor": simulated(plain["model"])})[1]
-        told = f"{measured['ranges_measured']}; the mapper refuses grids: {error}"
-        return job.onnx, {"ranges": "vendor", "ranges_measured": told}
-    chosen, measured = _ranges.better(seen.logits, logits)
-    return files[chosen], measured
+    if sums:
+        stream = _stream(graph, sums)
+        found = ends[OURS] | {name: seen.histograms[name].largest for name in stream}
+        ways[WIDE] = _ranges.with_grids(graph, {n: found[n] for n in {*theirs, *stream} - weights}, stream)
+    return ways
+
+
+def _stream(graph: onnx_ir.Model, sums: Collection[str]) -> set[str]:
+    """The additions `sums`, and the convolutions and slices that write what they add, by the tensors they write."""
+    adds = [node for node in graph.graph if node.outputs[0].name in sums]
+    makers = (value.producer() for node in adds for value in node.inputs if value)
+    written = (node.outputs[0].name or "" for node in makers if node and node.op_type in ("Conv", "Slice"))
+    return {*sums, *written}
 
 
 def open(artifact: Artifact, threads: int = 1) -> BpuSession | _board.OnBoard:

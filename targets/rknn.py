@@ -8,6 +8,9 @@ unshuffle costs 0.23 M and leaves a reshape on the CPU, as logits of rank 2 woul
 32 channels: on three of them it wastes nine tenths, so eight pixels that lie side by side are read as 24 channels, 0.049 M. The
 reshape and the transposition that this takes are on the NPU too, where the table counts nothing for them.
 
+The toolkit calibrates. What it makes of the network with the residual stream's additions in int8 and in int16 is simulated on
+calibration images, the better one is exported (`_choice`), and one that is another network is refused.
+
 On the board itself, `open` runs the ``.rknn`` through Rockchip's rknn-toolkit-lite2 (``rknnlite.api.RKNNLite``: load_rknn,
 init_runtime, inference; a 4-D input is NHWC unless told otherwise, and some releases know nothing else:
 rockchip-linux/rknn-toolkit2 issues 206 and 344). This has met no board yet; that its form of an image gives what NCHW gives
@@ -28,9 +31,9 @@ import numpy as np
 
 from compressor.errors import TargetUnavailable
 from compressor.types import Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
-from targets import _board, _estimate, _venv
+from targets import _board, _choice, _estimate, _venv
 from targets._artifacts import check_chip, check_files, check_precision, tensor_specs
-from targets._compile import compiling, flat
+from targets._compile import Build, compiling, flat
 from targets._constraints import Table
 from targets._rknn_constraints import TABLES
 
@@ -43,8 +46,6 @@ NAME = "rknn"
 CAPABILITIES = Capabilities(
     layout="tokens",
     opset=18,
-    # Additions of the residual stream stay int8: in float16 the embedded model gives 500 of 500 images the class of float for
-    # 498, but reads and writes 16 % more memory, through 38 conversions; in int16 499, at a larger divergence.
     precisions=("w8a8",),
     gelu="erf",  # fused with the convolution before it
     patch="columns",  # the whole embedding of DeiT-Tiny: 48,768 cycles, against 115,200 with "halving"
@@ -86,6 +87,9 @@ KNOWN = {
 HEADER = re.compile(r"\] ID +OpType +DataType +Target .*$", re.M)
 ROW = re.compile(r"\] (\d+) +(\w+) +(\w+) +(CPU|NPU) .*? \d+/\d+/(\d+) +(?:\d+% +)?(\d+) *(\S*) *$", re.M)
 ENDS = ("InputOperator", "OutputOperator")  # conversions around the network, no operations of it
+WORTH = {
+    "int16": 0.8
+}  # the embedded model reads and writes 16 % more memory then, and adds apart from its convolutions
 BOARD = "rknnlite"
 
 
@@ -136,6 +140,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
 
     Raises:
         ConfigError: the precision or chip is unknown, or there are no calibration images.
+        ParityError: the toolkit's integers do not compute the network (`_choice.FLOOR`).
         TargetUnavailable: the toolkit is not installed, failed, or took too long.
     """
     check_precision(NAME, CAPABILITIES, options)
@@ -144,15 +149,37 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     layout = "NHWC" if any(pixels.shape[1:] == _last(x).shape[1:] for x in options.calibration) else "NCHW"
     options = replace(options, calibration=tuple(map(LAYOUTS[layout], options.calibration)))
     with compiling(NAME, _worker, graph, options) as job:
-        reply = job.compile({"onnx": str(job.onnx), "chip": chip})
+        parts, measured = _quantized(job, pixels.name, chip)
+        reply = job.worker.call("compile", {"parts": parts})[0]
         kept = [options.out_dir / f"{options.name}{suffix}" for suffix in SUFFIXES]
         files = tuple(Path(shutil.copyfile(*pair)) for pair in zip(reply["files"], kept, strict=True))
     estimate = _parse(job.log.read_text(encoding="utf-8", errors="replace"), graph, chip)
-    artifact = flat(job.artifact(files, estimate, {"chip": chip, "pixels": layout}))
+    artifact = flat(job.artifact(files, estimate, {"chip": chip, "pixels": layout, **measured}))
     if layout == "NCHW":
         return artifact
     batch, rows, cols, channels = pixels.shape
     return replace(artifact, inputs=(replace(pixels, shape=(batch, channels, rows, cols)),))  # as they are handed in
+
+
+def _quantized(job: Build, pixels: str, chip: str) -> tuple[list[str], dict[str, str]]:
+    """The toolkit's files with the residual additions in int8 or, where it is worth their time, in int16; and what decided.
+
+    Raises:
+        ParityError: the better of the two is not the same network either.
+    """
+    images = np.concatenate(job.options.calibration)
+    wanted = {"onnx": str(job.onnx), "chip": chip, "additions": _choice.residual_additions(job.graph)}
+    ways = job.worker.call("quantize", wanted, {"calibration": images})[0]
+    judged = images[: _choice.IMAGES]
+
+    def simulated(parts: list[str]) -> Array:
+        job.worker.call("load", {"parts": parts})
+        logits = job.worker.call("run", {"output": "logits"}, {pixels: judged})[1]["logits"]
+        return logits.reshape(len(judged), -1)
+
+    reference = _choice.float_logits(job.graph, judged)
+    chosen, told = _choice.best(reference, {way: simulated(parts) for way, parts in ways.items()}, WORTH)
+    return ways[chosen], {"additions": chosen, "measured": told}
 
 
 def open(artifact: Artifact, threads: int = 1) -> RknnSession | _board.OnBoard:

@@ -11,13 +11,21 @@ from compressor import checkpoint
 from compressor.stages import torch_logits
 from compressor.types import Array, Model
 
-__all__ = ["cosine", "first_blocks", "images", "torch_logits"]
+__all__ = ["cosine", "first_blocks", "images", "torch_logits", "uneven"]
 
 
 def first_blocks(count: int) -> Model:
     """The embedded model with its first blocks only: trained weights, meaningless classes."""
     model = checkpoint.load("demo")
     return model.with_weights(replace(model.spec, blocks=model.spec.blocks[:count]), {})
+
+
+def uneven(model: Model, size: float = 40.0) -> Model:
+    """`model` with `size` added to four channels of every position: a residual stream that int8 rounds badly."""
+    weights = {name: np.array(model.weights[name]) for name in ("pos", "prefix")}
+    for table in weights.values():
+        table[:, :4] += size
+    return model.with_weights(model.spec, weights)
 
 
 def images(model: Model, count: int, name: str = "demo") -> Array:

@@ -10,7 +10,7 @@ import pytest
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
 from compressor.lower import lower
 from compressor.types import BuildOptions
-from targets import _estimate, _ranges, bpu
+from targets import _choice, _estimate, _ranges, bpu
 from targets._venv import Limits
 from tests.npu.models import cosine, first_blocks, images, torch_logits
 
@@ -96,32 +96,53 @@ def test_the_simulated_chip_computes_the_model(built):
     assert session.ops({}) == session.estimate().ops
 
 
+def compiled(artifact):
+    text = artifact.path.with_name("model.build.log").read_text()
+    return re.findall(r"onnx_model +: .*?([\w-]+)\.onnx", text)
+
+
+def precisions(artifact, ending):
+    return {op.precision for op in _estimate.read(artifact).ops if op.name.endswith(ending)}
+
+
 @needs_mapper
-def test_the_thresholds_that_diverge_less_are_compiled(built, tmp_path, monkeypatch):
-    """Ours here; control: where the mapper's own are better they are."""
-
-    def compiled(one):
-        text = one.path.with_name("model.build.log").read_text()
-        return re.findall(r"onnx_model +: .*?(\w+)\.onnx", text)
-
-    model, artifact = built
-    told = re.findall(
-        r"(vendor|vitrim): divergence ([\d.e-]+), (\d+) of 20 classes agree", artifact.settings["ranges_measured"]
-    )
-    assert [name for name, *_ in told] == ["vendor", "vitrim"] and float(told[1][1]) < float(told[0][1])
+def test_what_diverges_least_is_compiled(built):
+    """Ours here, with int16 in the residual stream; each of the two is better than what it adds to."""
+    _, artifact = built
+    told = re.findall(r"([\w-]+): divergence ([\d.e-]+), (\d+) of 20 classes agree", artifact.settings["measured"])
+    assert [way for way, *_ in told] == ["vendor", "vitrim", "vitrim-int16"]
+    assert float(told[2][1]) < float(told[1][1]) < float(told[0][1])
     assert (
         int(told[0][2]) >= 15
     )  # the mapper ends an Exp of values below zero at e^17, which rounds all of them to zero
-    assert artifact.settings["ranges"] == "vitrim" and compiled(artifact) == ["vitrim"]
-    monkeypatch.setattr(_ranges, "better", lambda reference, candidates: ("vendor", {"ranges": "vendor"}))
+    assert (artifact.settings["ranges"], artifact.settings["additions"]) == ("vitrim", "int16")
+    assert compiled(artifact) == ["vitrim-int16"]
+    assert precisions(artifact, (".attn", ".mlp")) == {"int16"} and precisions(artifact, ".fc1.conv") == {"int8"}
+
+
+@needs_mapper
+@pytest.mark.parametrize(("way", "ranges"), [("vendor", "vendor"), ("vitrim", "vitrim")])
+def test_where_another_way_is_better_it_is_compiled(built, tmp_path, monkeypatch, way, ranges):
+    model, _ = built
+    monkeypatch.setattr(_choice, "best", lambda reference, ways, worth: (way, ""))
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 4),))
     kept = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
-    assert kept.settings["ranges"] == "vendor" and compiled(kept) == ["vendor"]
+    assert (kept.settings["ranges"], kept.settings["additions"]) == (ranges, "int8") and compiled(kept) == [way]
+    assert "int16" not in precisions(kept, "")
+
+
+@needs_mapper
+def test_a_chip_whose_compiler_fails_on_int16_additions_adds_in_int8(tmp_path):
+    """Control: `built`, where they are measured."""
+    model = first_blocks(1)
+    options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 4),), chip="bernoulli2")
+    artifact = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
+    assert artifact.settings["additions"] == "int8" and "int16" not in artifact.settings["measured"]
 
 
 @needs_mapper
 def test_a_quantized_model_that_is_another_network_is_refused(built, tmp_path, monkeypatch):
-    """Every grid ends at a hundredth of what is seen, in both candidates; control: `built`, with nothing changed."""
+    """Every grid ends at a hundredth of what is seen, in every way; control: `built`, with nothing changed."""
     model, artifact = built
     monkeypatch.setattr(_ranges, "attained", lambda ends, seen: {name: end / 100 for name, end in ends.items()})
     monkeypatch.setattr(

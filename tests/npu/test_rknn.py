@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
 from compressor.lower import lower
 from compressor.types import BuildOptions
-from targets import _estimate, rknn
+from targets import _choice, _estimate, rknn
 from targets._venv import Limits
-from tests.npu.models import cosine, first_blocks, images, torch_logits
+from tests.npu.models import cosine, first_blocks, images, torch_logits, uneven
 
 STATE = rknn.available()
 needs_toolkit = pytest.mark.skipif(not STATE.available, reason=f"{STATE.reason}; {STATE.fix}")
@@ -112,6 +112,38 @@ def test_the_simulated_chip_computes_the_model(built):
 
 
 @needs_toolkit
+def test_additions_are_in_16_bits_where_the_residual_stream_needs_them(built, tmp_path):
+    """A few channels far above the others; control: `built`, whose own are even and stay int8."""
+
+    def precisions(artifact):
+        return {op.precision for op in _estimate.read(artifact).ops}
+
+    model, even = built
+    assert even.settings["additions"] == "int8" and "int16: divergence" in even.settings["measured"]
+    assert precisions(even) == {"int8"}
+    model = uneven(model)
+    artifact = rknn.build(
+        lower(model, rknn.CAPABILITIES), BuildOptions(tmp_path, "w8a8", calibration=(images(model, 20),))
+    )
+    assert artifact.settings["additions"] == "int16" and precisions(artifact) == {"int8", "int16"}
+    assert _estimate.read(artifact).cpu_ops == ()
+    x = images(model, 24)[20:]
+    assert cosine(rknn.open(artifact).run({"pixels": x})["logits"], torch_logits(model, x)) > 0.99
+
+
+@needs_toolkit
+def test_a_quantized_model_that_is_another_network_is_refused(built, tmp_path, monkeypatch):
+    """Its logits are those of other images; control: `built`."""
+    model, _ = built
+    real = _choice.float_logits
+    monkeypatch.setattr(_choice, "float_logits", lambda graph, x: real(graph, x)[::-1])
+    options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 20),))
+    with pytest.raises(ParityError, match=r"at least 90% of the classes must be float's, got \d+ of 20 \(int8: "):
+        rknn.build(lower(model, rknn.CAPABILITIES), options)
+    assert not list(tmp_path.glob("*.rknn"))
+
+
+@needs_toolkit
 def test_a_damaged_artifact_is_refused(built):
     with pytest.raises(BundleError, match="must have sha256"):
         rknn.open(replace(built[1], sha256="0" * 64))
@@ -130,7 +162,7 @@ def test_what_falls_back_is_reported(tmp_path):
 def test_a_crash_and_a_timeout_of_the_toolkit_are_sentences(tmp_path, monkeypatch):
     model = first_blocks(1)
     options = BuildOptions(tmp_path, "w8a8", calibration=(np.zeros((1, 3, 8, 8), np.float32),))
-    with pytest.raises(TargetUnavailable, match="'compile' must succeed, got ValueError") as caught:
+    with pytest.raises(TargetUnavailable, match="'quantize' must succeed, got ValueError") as caught:
         rknn.build(lower(model, rknn.CAPABILITIES), options)
     assert "\n" not in str(caught.value) and "model.build.log" in caught.value.hint
     monkeypatch.setattr(rknn, "LIMITS", Limits(seconds=1))
