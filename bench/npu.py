@@ -22,10 +22,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx_ir
@@ -161,10 +162,13 @@ class Job:
     trained: tuple[Array, Array] | None
     args: argparse.Namespace
 
-    def build(self, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
-        if self.target == "bpu":
+    def build(self, form: str, graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
+        """A plain export gets no grids from us: the mapper calibrates it, as it does for whoever hands it one."""
+        if self.target != "bpu":
+            return targets.get(self.target).build(graph, options)
+        alone = mock.patch.object(bpu, "_quantized", lambda job, *_: (job.onnx, {}))
+        with alone if form == "plain" else nullcontext():
             return bpu.compile_graph(graph, options, self.args.effort)
-        return targets.get(self.target).build(graph, options)
 
     def forms(self) -> Iterator[tuple[str, Model, onnx_ir.Model]]:
         """Every form wanted: its name, the float model it is held against, the graph."""
@@ -234,7 +238,7 @@ def compare(job: Job) -> None:
         with tempfile.TemporaryDirectory() as folder:
             options = BuildOptions(Path(folder), precision, calibration=(job.calibration,))
             try:
-                artifact = job.build(graph, options)
+                artifact = job.build(form, graph, options)
             except VitrimError as error:
                 print(f"{f'{job.target} {job.label} {form}':<36} does not build: {error}", flush=True)
                 continue

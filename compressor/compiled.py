@@ -79,6 +79,7 @@ def to_json(done: Compiled) -> dict[str, Any]:
         "name": done.artifact.target,
         "precision": done.artifact.precision,
         "size_bytes": done.artifact.size_bytes,
+        "settings": dict(done.artifact.settings),
         "parity": {**asdict(done.parity), "agreement": 100 * done.parity.agreement},
         **account,
     }

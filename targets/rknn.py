@@ -178,7 +178,7 @@ def _quantized(job: Build, pixels: str, chip: str) -> tuple[list[str], dict[str,
         return logits.reshape(len(judged), -1)
 
     reference = _choice.float_logits(job.graph, judged)
-    chosen, told = _choice.best(reference, {way: simulated(parts) for way, parts in ways.items()}, WORTH)
+    chosen, told = _choice.best(reference, {way: simulated(parts) for way, parts in ways.items()}, "int16")
     return ways[chosen], {"additions": chosen, "measured": told}
 
 
