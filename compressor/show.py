@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compressor.accounts import checked, modelled, placed
+
 __all__ = ["accuracy", "compared", "compressed", "estimated", "model", "placement", "profile", "searched"]
 
 Json = Mapping[str, Any]
@@ -106,33 +108,14 @@ def compressed(result: Json) -> list[Any]:
         if t["pruning"] and t["pruning"]["sentence"]:
             lines.append(t["pruning"]["sentence"])
     for c in result["compiled"]:
-        cycles = sum(piece.get("cycles", 0) for piece in c["subgraphs"])
-        counted = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency estimate"
-        modelled = counted if c["latency_ms"] is None else f"{c['latency_ms']:.3g} ms estimated"
-        share = (
-            f"{100 * c['npu_mac_share']:.0f} % of MACs on the accelerator, {len(c['cpu_ops'])} operations on the CPU"
-        )
-        lines.append(f"{c['name']}: {c['precision']}, {modelled} by {c['estimator']}; {share}")
+        lines.append(f"{c['name']}: {c['precision']}, {modelled(c, c['latency_ms'])} by {c['estimator']}; {placed(c)}")
     lines += [
-        f"{p['name']}: a build plan{_checked(p['checked'])}; next: vitrim build, on the device" for p in result["plans"]
+        f"{p['name']}: a build plan{checked(p['checked'])}; next: vitrim build, on the device" for p in result["plans"]
     ]
     return [
         *lines,
         f"Wrote {result['bundle']} in {sum(result['timings_s'].values()):.0f} s; next: vitrim report {result['bundle']}",
     ]
-
-
-def _checked(found: Json) -> str:
-    """What a builder without a device said of a plan, where there is one."""
-    made = found["engines"].values()
-    refused = [f"{precision} refused: {why}" for precision, why in found["refused"].items()]
-    if not made:
-        return f", not checked here ({next(iter(found['refused'].values()))})" if refused else ""
-    odd = sum(int(e.get(kind, 0)) for e in made for kind in ("foreign_types", "added_casts"))
-    first = next(iter(made))
-    said = f", built by {first.get('builder')} for {first.get('chip')} in {', '.join(found['engines'])}"
-    kept = "every layer of the type asked for" if not odd else f"{odd} layers or casts of another type than asked for"
-    return "; ".join([f"{said}; {kept}", *refused])
 
 
 def compared(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], warnings: Sequence[str]) -> list[Any]:
@@ -175,16 +158,11 @@ def accuracy(found: Json) -> list[Any]:
 
 def estimated(found: Json) -> list[Any]:
     """`profile` of what only a simulator runs here."""
-    chip, pieces = found["device"]["chip"], found["subgraphs"]
-    cycles = sum(piece.get("cycles", 0) for piece in pieces)
-    modelled = f"{cycles / 1e6:.3g} M cycles counted, no latency" if cycles else "no latency"
-    if found["latency_ms"] is not None:
-        modelled = f"{found['latency_ms']['p50']:.3g} ms"
-    share = f"{100 * found['npu_mac_share']:.0f} % of MACs on the accelerator in {len(pieces)} piece(s)"
+    chip, latency = found["device"]["chip"], found["latency_ms"]
     return [
-        f"{found['target']} ({found['precision']}){f' on {chip}' if chip else ''}, estimated; nothing was run",
-        f"  {modelled} by {found['estimator']}, without: {found['leaves_out']}",
-        f"  {share}; on the CPU: {', '.join(op['name'] for op in found['cpu_ops']) or 'nothing'}",
+        f"{found['target']} ({found['precision']}){f' on {chip}' if chip else ''}; nothing was run",
+        f"  {modelled(found, latency and latency['p50'])} by {found['estimator']}, without: {found['leaves_out']}",
+        f"  {placed(found)}",
     ]
 
 

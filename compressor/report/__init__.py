@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from compressor.accounts import checked, modelled, placed
 from compressor.errors import ConfigError, DataError
 from compressor.intervals import paired_ratio, quantile_interval
+from compressor.report import units
 from compressor.report.charts import PERCENT, Curve, Point, curves, scatter
 from compressor.report.page import page
 from compressor.roofline import PARTS, fold
@@ -48,6 +50,8 @@ def render(report: Json) -> str:
     sections: dict[str, Callable[[Json], Any]] = {
         "headline": _headline,
         "targets": _targets,
+        "compiled": _compiled,
+        "plans": _plans,
         "front": lambda r: Markup(chart) if (chart := _front(r)) else None,  # compressor.report.charts escapes
         "searched": lambda r: bool(r.get("search")),
         "blocks": _blocks,
@@ -105,29 +109,29 @@ def _headline(report: Json) -> dict[str, Any]:
         cards.append(
             _card(
                 "Latency",
-                _ms(new),
-                f"was {_ms(old)}",
-                f"{_times(old / new)} on {best['name']}",
+                units.ms(new),
+                f"was {units.ms(old)}",
+                f"{units.times(old / new)} on {best['name']}",
                 _p50_note(report, best),
             )
         )
         size = best["size_bytes"]
-        cards.append(_card("Artifact", _size(size), f"{best['name']}, {best['precision']}", "", ""))
+        cards.append(_card("Artifact", units.size(size), f"{best['name']}, {best['precision']}", "", ""))
     cards.append(
         _card(
             "Parameters",
-            _count(after["params"]),
-            f"was {_count(before['params'])}",
-            _fewer(before, after, "params"),
+            units.count(after["params"]),
+            f"was {units.count(before['params'])}",
+            units.fewer(before, after, "params"),
             "",
         )
     )
     cards.append(
         _card(
             "Multiplies",
-            _count(after["macs"]),
-            f"was {_count(before['macs'])}",
-            _fewer(before, after, "macs"),
+            units.count(after["macs"]),
+            f"was {units.count(before['macs'])}",
+            units.fewer(before, after, "macs"),
             "per image",
         )
     )
@@ -159,15 +163,34 @@ def _targets(report: Json) -> list[dict[str, Any]]:
             {
                 "name": t["name"],
                 "precision": t["precision"],
-                "size": _size(t["size_bytes"]),
-                "bars": [("before", _ms(old), 100 * old / longest), ("after", _ms(new), 100 * new / longest)],
-                "speedup": _times(old / new),
+                "size": units.size(t["size_bytes"]),
+                "bars": [("before", units.ms(old), 100 * old / longest), ("after", units.ms(new), 100 * new / longest)],
+                "speedup": units.times(old / new),
                 "interval": _p50_note(report, t),
                 "reverted": bool(t["reverted"]),
                 "reason": " ".join(filter(None, (t.get("reason"), (t.get("pruning") or {}).get("sentence")))),
             }
         )
     return rows
+
+
+def _compiled(report: Json) -> list[dict[str, Any]]:
+    """Chips that are not here: what the vendor's compiler made of the network, and by which of the ways it was given."""
+    return [
+        {
+            **{key: c[key] for key in ("name", "precision", "estimator", "leaves_out")},
+            "size": units.size(c["size_bytes"]),
+            "share": 100 * c["npu_mac_share"],
+            "modelled": modelled(c, c["latency_ms"]),
+            "placed": placed(c),
+            "settings": sorted(c.get("settings", {}).items()),
+        }
+        for c in report.get("compiled", [])
+    ]
+
+
+def _plans(report: Json) -> list[tuple[str, str]]:
+    return [(p["name"], f"a build plan{checked(p['checked'])}") for p in report.get("plans", [])]
 
 
 def _front(report: Json) -> str | None:
@@ -187,8 +210,8 @@ def _front(report: Json) -> str | None:
                 spread=spread,
             )
         )
-    name = report["targets"][0]["name"]
     for p in report.get("search", {}).get("points", []):
+        name = report["targets"][0]["name"]
         label = f"{name} {p['precision']}, {p['target_macs']:.0%} of the MACs"
         points.append(Point(p["latency_ms"], p["agreement"], label, series[name], filled=False))
     for t in report["targets"] if points else []:
@@ -296,7 +319,9 @@ def _sensitivity(report: Json) -> dict[str, Any] | None:
 
 def _parity(report: Json) -> list[dict[str, Any]] | None:
     rows = [
-        {"name": t["name"], "precision": t["precision"], **t["parity"]} for t in report["targets"] if t.get("parity")
+        {"name": t["name"], "precision": t["precision"], **t["parity"]}
+        for t in [*report["targets"], *report.get("compiled", [])]
+        if t.get("parity")
     ]
     return rows or None
 
@@ -347,29 +372,4 @@ def _p50_note(report: Json, target: Json) -> str:
         ratio = paired_ratio(reference, samples)
         return f"{ratio.ratio:.2f}x, 95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
     low, high = quantile_interval(samples, 0.5)
-    return f"p50 95 % interval {_ms(low / 1e6)} to {_ms(high / 1e6)}"
-
-
-def _ms(value: float) -> str:
-    """Three significant digits, trailing zeros kept: 2.00 ms."""
-    return f"{value:#.3g}".rstrip(".") + " ms"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-
-
-def _fewer(before: Json, after: Json, key: str) -> str:
-    share = 1 - after[key] / before[key]
-    return f"{100 * share:.0f} % fewer" if share > 0.005 else "unchanged"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _count(value: float) -> str:
-    for scale, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= scale:
-            return f"{value / scale:.2f}{suffix}"
-    return f"{value:g}"
+    return f"p50 95 % interval {units.ms(low / 1e6)} to {units.ms(high / 1e6)}"

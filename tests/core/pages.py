@@ -137,6 +137,22 @@ def everything() -> dict[str, Any]:
             "values": [[1e-3, 2e-3]],
             "unit": "Squared error.",
         },
+        compiled=[
+            {
+                "name": "bpu",
+                "precision": "w8a8",
+                "size_bytes": 7_200_000,
+                "settings": {"additions": "int8", "measured": "vitrim: divergence <0.001"},
+                "parity": {"max_abs": 0.4, "cosine": 0.998, "agreement": 100.0, "count": 8},
+                "latency_ms": 5.96,
+                "estimator": "HBDK 3.49.15 timing model",
+                "leaves_out": "reading the image",
+                "npu_mac_share": 0.9,
+                "subgraphs": [{"name": "a"}, {"name": "b"}],
+                "cpu_ops": [{"name": "blocks.0.softmax", "type": "Softmax"}],
+            }
+        ],
+        plans=[{"name": "tensorrt", "checked": {"engines": {}, "refused": {"fp32": "no builder here"}}}],
         contact_sheet={"image": contact_sheet(np.zeros((5, 8, 8, 1), np.uint8)), "caption": "5 of 512 images."},
         provenance={"versions": {"vitrim": "0.1.0"}, "seed": 0, "recipe": {"targets": ["ort"]}},
         timings_s={"prune": 1.25},

@@ -24,6 +24,7 @@ RUNTIMES = {
 
 # Lower layers may not import higher ones; stages of layer 1 may not import each other.
 FOUNDATION = {
+    "accounts",
     "affinity",
     "errors",
     "spec",

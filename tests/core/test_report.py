@@ -21,7 +21,7 @@ from compressor.report.trend import Series, render_history
 from compressor.types import latency_ms
 from tests.core.pages import Page, everything, report
 
-SECTIONS = {"targets", "front", "ecdf", "blocks", "sensitivity", "parity", "contact", "provenance"}
+SECTIONS = {"targets", "chips", "front", "ecdf", "blocks", "sensitivity", "parity", "contact", "provenance"}
 
 
 def test_render_shows_every_section_the_report_has() -> None:
@@ -64,6 +64,26 @@ def test_render_of_the_least_report_claims_nothing_it_does_not_know() -> None:
     assert "Top-1" not in page.text
     assert "interval" not in page.text
     assert "images have no labels" in page.text
+
+
+def test_render_shows_what_compilers_say_of_chips_that_are_not_here() -> None:
+    """Also where nothing was timed at all; a chip that compiled shows no plan and the other way round."""
+    full = everything()
+    text = Page(render(full)).text
+    for said in (
+        "5.96 ms estimated by HBDK 3.49.15 timing model, without: reading the image",
+        "90 % of MACs on the accelerator, in 2 pieces; on the CPU: blocks.0.softmax",
+        "additions: int8",
+        "measured: vitrim: divergence <0.001",
+        "tensorrt: a build plan, not checked here (no builder here)",
+        "0.998000",
+    ):
+        assert said in text, said
+    alone = report(targets=[], compiled=full["compiled"])
+    page = Page(render(alone))
+    assert page.ids == {"chips", "parity"} and "build plan" not in page.text
+    page = Page(render(report(plans=full["plans"])))
+    assert "chips" in page.ids and "vendor's compiler" not in page.text
 
 
 def test_render_says_slower_when_it_is_slower() -> None:
