@@ -133,7 +133,7 @@ def prune_stage(
             return batches(images, model, progress, f"prune, pass {next(passes)}")
 
         def statistics(module: VisionTransformer, pixels: Iterable[Array]) -> Statistics:
-            return observe(module, pixels, ObservePlan(histograms=()))
+            return observe(module, pixels, ObservePlan(moments=("fc2", "q", "k"), histograms=()))  # what CORP reads
 
         result = prune(model, stream, config, statistics)
         checkpoint.save(result.model, folder)

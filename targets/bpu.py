@@ -83,7 +83,7 @@ KNOWN = {
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\s+\S+\s+(\S+)\s*$", re.M)
 LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
-OURS, WIDE = "vitrim", "vitrim-int16"  # ways to quantize, beside the vendor's; the latter takes 3 % more time
+OURS, WIDE = "vitrim", "vitrim-int16"  # ways to quantize, beside the vendor's; the latter takes up to 11 % more time
 BOARD = ("hobot_dnn", "hobot_dnn_rdkx5")  # as the board's system image has it, and as the package index
 
 
