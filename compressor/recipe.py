@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from compressor.types import Precision
 __all__ = ["Recipe", "from_yaml", "override", "to_dict"]
 
 RATIOS = ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio")
-INTEGERS = {"calib_size": 1, "threads": 1, "seed": 0, "image_size": 1, "drop_blocks": 0}  # and the least allowed
+INTEGERS = {"calib_size": 1, "seed": 0, "image_size": 1, "drop_blocks": 0}  # and the least allowed
+MAX_THREADS = 256  # more only make a machine thrash
 CHOICES = {
     "pruner": ("corp", "obs"),
     "precision": (*get_args(Precision), "auto"),
@@ -76,12 +78,21 @@ class Recipe:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        if not isinstance(self.threads, int) or isinstance(self.threads, bool) or not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads must be an integer of 1 to {MAX_THREADS}, got {self.threads!r}.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
         if self.pruner == "corp" and self.vo_ratio > 0:
             raise ConfigError(
                 "vo_ratio must be 0 with pruner 'corp', which leaves values alone.", hint="Use --pruner obs."
+            )
+        if self.damping != "auto" and not 0 < self.damping < math.inf:
+            raise ConfigError(f"damping must be auto or a positive number, got {self.damping!r}.")
+        if self.match is not None and self.select != "random":
+            raise ConfigError(
+                f"select must not be given with match, which chooses the calibration images itself, got {self.select!r}.",
+                hint="Leave out --select or --match.",
             )
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")
