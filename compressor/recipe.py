@@ -14,8 +14,13 @@ from compressor.types import Precision
 __all__ = ["Recipe", "from_yaml", "override", "to_dict"]
 
 RATIOS = ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio")
-INTEGERS = {"calib_size": 1, "seed": 0, "image_size": 1, "drop_blocks": 0}  # and the least allowed
-MAX_THREADS = 256  # more only make a machine thrash
+INTEGERS: Mapping[str, tuple[int, float]] = {  # and the least and the most allowed
+    "calib_size": (1, math.inf),
+    "threads": (1, 256),  # more only make a machine thrash
+    "seed": (0, math.inf),
+    "image_size": (1, math.inf),
+    "drop_blocks": (0, math.inf),
+}
 CHOICES = {
     "pruner": ("corp", "obs"),
     "precision": (*get_args(Precision), "auto"),
@@ -58,6 +63,24 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        self._check_shares()
+        for name, (low, high) in INTEGERS.items():
+            value = getattr(self, name)
+            if value is None and name == "image_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                rule = f"of at least {low}" if high == math.inf else f"of {low} to {high}"
+                raise ConfigError(f"{name} must be an integer {rule}, got {value!r}.")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        if self.damping != "auto" and not 0 < self.damping < math.inf:
+            raise ConfigError(f"damping must be auto or a positive number, got {self.damping!r}.")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")
+        self._check_together()
+
+    def _check_shares(self) -> None:
         for name in RATIOS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
@@ -72,30 +95,18 @@ class Recipe:
                 )
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 100:
             raise ConfigError(f"min_agreement must be a percentage in [0, 100], got {self.min_agreement!r}.")
-        for name, low in INTEGERS.items():
-            value = getattr(self, name)
-            if value is None and name == "image_size":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
-        if not isinstance(self.threads, int) or isinstance(self.threads, bool) or not 1 <= self.threads <= MAX_THREADS:
-            raise ConfigError(f"threads must be an integer of 1 to {MAX_THREADS}, got {self.threads!r}.")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
+
+    def _check_together(self) -> None:
+        """What one choice says of another."""
         if self.pruner == "corp" and self.vo_ratio > 0:
             raise ConfigError(
                 "vo_ratio must be 0 with pruner 'corp', which leaves values alone.", hint="Use --pruner obs."
             )
-        if self.damping != "auto" and not 0 < self.damping < math.inf:
-            raise ConfigError(f"damping must be auto or a positive number, got {self.damping!r}.")
         if self.match is not None and self.select != "random":
             raise ConfigError(
                 f"select must not be given with match, which chooses the calibration images itself, got {self.select!r}.",
                 hint="Leave out --select or --match.",
             )
-        if not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")
 
     @property
     def prunes(self) -> bool:
