@@ -54,9 +54,9 @@ def golden(objective: Objective, minmax: Array) -> Found:
     unimodality does not hold.
     """
     track = _Track(objective, np.asarray(minmax, dtype=np.float64))
-    factors = np.sort(np.append(COARSE, 1.0))
-    for f in factors:
+    for f in (1.0, *COARSE):  # min-max first: it wins every tie, as where the inputs never vary and all errors are 0
         track.visit(np.full_like(track.base, f))
+    factors = np.sort(np.append(COARSE, 1.0))
     if (track.best == factors[0]).any():
         for f in TAIL:
             track.visit(np.full_like(track.base, f))

@@ -287,6 +287,21 @@ def test_refine_beats_rounding_on_images_it_never_saw():
     assert {r.name for r in full.layers} == set(linears(SPEC))
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_image_leaves_the_classifier_whole(copies):
+    """Its pooled features do not vary then, so nothing tells one grid of the classifier from another."""
+    model, one = random_model(), np.repeat(images(1, 1), copies, axis=0)
+    made = refine(model, [one], RefineConfig(QuantizeConfig("w8a8")), {})
+    reach = 127 * made.quantization.weights["head.weight"].scale
+    assert np.allclose(reach, np.abs(model.weights["head.weight"]).max(axis=1))
+    assert error(model, made) < 0.1
+    cut = made.quantization.weights["head.weight"]
+    cut = replace(
+        made.quantization, weights={**made.quantization.weights, "head.weight": replace(cut, scale=0.15 * cut.scale)}
+    )
+    assert error(model, replace(made, quantization=cut)) > 0.1  # the control: a seventh of that
+
+
 def test_refined_weights_lie_on_their_grids_and_the_input_is_untouched():
     model = random_model()
     before = {n: w.copy() for n, w in model.weights.items()}
