@@ -80,10 +80,10 @@ def _energies(module: VisionTransformer, pixels: Tensor, generator: torch.Genera
 
     with torch.enable_grad():
         output = module(pixels, watch)
-        if module.spec.num_classes:
+        if module.spec.num_classes > 1:
             drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
             score = output.log_softmax(1).gather(1, drawn).sum()
-        else:  # features: every direction counts alike
+        else:  # features, or one number: every direction counts alike
             score = (output * torch.randn(output.shape, generator=generator).to(output.device)).sum()
         score.backward()
     return sums

@@ -191,9 +191,19 @@ def test_head_ratio_removes_the_head_that_does_nothing() -> None:
     np.testing.assert_allclose(result.model.weights["blocks.0.q.weight"][8:], model.weights["blocks.0.q.weight"][16:])
 
 
+def test_output_error_of_one_class_and_of_several() -> None:
+    one = torch.arange(6.0)[:, None]
+    assert output_error(one, one + 1) == pytest.approx(6 / 17.5)  # over the squared distances from the mean
+    several = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    assert output_error(several, several + 1) < 1e-12 < output_error(several, 2 * several)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("idle", [0, 1, 2])
-def test_drop_blocks_drops_the_block_that_only_adds_a_constant(idle: int) -> None:
+def test_drop_blocks_drops_the_block_that_only_adds_a_constant(idle: int, classes: int) -> None:
     model = make(*(BlockSpec(2, 8, 8, 20),) * 3)
+    head = {f"head.{kind}": model.weights[f"head.{kind}"][:classes] for kind in ("weight", "bias")}
+    model = model.with_weights(replace(model.spec, num_classes=classes), head)
     weights = {n: w.copy() for n, w in model.weights.items()}
     for part in ("proj", "fc2"):
         weights[f"blocks.{idle}.{part}.weight"][:] = 0

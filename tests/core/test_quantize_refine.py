@@ -239,6 +239,13 @@ def test_importance_knows_which_tokens_reach_the_answer():
         token_importance(to_torch(random_model()), [])
 
 
+def test_importance_of_a_single_output_is_not_the_same_for_every_token():
+    """One class leaves a softmax nothing to say; its gradient is 0 everywhere."""
+    table = token_importance(to_torch(random_model(replace(SPEC, num_classes=1))), [images(8)])
+    assert table["blocks.1.fc2"][0] > 4
+    assert torch.allclose(table["blocks.1.fc2"][1:], torch.full((4,), FLOOR))
+
+
 def test_importance_covers_every_linear_but_the_classifier():
     table = token_importance(to_torch(random_model()), [images(4)])
     assert {f"{n}.weight" for n in table} >= set(linears(SPEC)) - {"head.weight"}

@@ -1,11 +1,14 @@
 """The quantization stage: what it returns to float, what it reads back, and the sensitivity table it decides by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from calibration import data
 from compressor.cache import Cache
+from compressor.errors import ConfigError
 from compressor.quantize import QuantizeConfig, simulate
 from compressor.quantize.grid import fake_quant, fake_quant_torch
 from compressor.quantize.plan import linears, weight_grid
@@ -65,6 +68,17 @@ def test_the_most_harmful_sites_return_to_float_until_the_classes_stay(quantizer
     assert set(made.kept_float) == {s.site for s in ranked[: len(made.kept_float)]}
     floats = {w for s in made.sensitivity if s.site in made.kept_float for w in s.weights}
     assert set(made.refined.quantization.weights) == set(linears(SPEC)) - floats
+
+
+def test_a_model_of_one_class_is_refused_because_no_change_of_it_would_be_seen(quantizer, model):
+    spec = replace(SPEC, num_classes=1)
+    head = {name: model.weights[name][:1] for name in ("head.weight", "head.bias")}
+    one = replace(quantizer, model=model.with_weights(spec, head))
+    with pytest.raises(ConfigError, match="at least two classes, for changes to be counted, got one") as raised:
+        one.quantize(QuantizeConfig("w4a4"), min_agreement=98)
+    assert "fp32" in raised.value.hint
+    assert one.agreement(one.refine(QuantizeConfig("w4a4"))) == 100  # the reason
+    assert quantizer.agreement(quantizer.refine(QuantizeConfig("w4a4"))) < 100
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a32"])
