@@ -259,6 +259,17 @@ def test_target_with_a_width_multiple_and_a_dropped_block() -> None:
     assert all(w % 4 == 0 for b in result.model.spec.blocks for w in (b.qk_dim, b.v_dim, b.mlp_dim))
 
 
+@pytest.mark.parametrize("width", ["qk_dim", "v_dim", "mlp_dim"])
+def test_target_leaves_a_width_of_one_and_takes_the_others(width: str) -> None:
+    narrow = replace(BlockSpec(2, 8, 8, 20), **{width: 1})  # type: ignore[arg-type]
+    model = make(narrow, BlockSpec(2, 8, 8, 20))
+    result = run(model, pixels(8), ObsConfig(target=("macs", 0.8)))
+    assert result.model.spec.macs() <= 0.8 * model.spec.macs()
+    assert getattr(result.model.spec.blocks[0], width) == 1
+    with pytest.raises(ConfigError, match="target must be reachable"):
+        run(make(BlockSpec(1, 1, 1, 1)), pixels(8), ObsConfig(target=("macs", 0.8)))
+
+
 def test_target_out_of_reach_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"target must be reachable, got [\d,]+ where the smallest sizes cost [\d,]+"):
         run(make(BlockSpec(2, 16, 16, 96)), pixels(5), ObsConfig(target=("macs", 0.01)))
