@@ -47,6 +47,19 @@ def test_nothing_to_do_returns_the_model() -> None:
     assert run(model, pixels(2), ObsConfig(width_multiple=8)).model is model
 
 
+def test_a_ratio_that_rounding_cancels_is_reported() -> None:
+    model = make(BlockSpec(2, 8, 8, 64))
+    result = run(
+        model, pixels(8), ObsConfig(mlp_ratio=0.5, qk_ratio=0.5, vo_ratio=0.5, head_ratio=0.3, width_multiple=16)
+    )
+    assert result.model.spec.blocks == (BlockSpec(2, 8, 8, 32),)
+    whole = {r.part: (r.before, r.after, r.fallback) for r in result.blocks if "kept whole" in r.fallback}
+    assert set(whole) == {"qk", "vo", "heads"} and len(result.blocks) == 4
+    assert whole["qk"] == (8, 8, "kept whole: 0.5 of 8 is less than a step of 16")
+    assert whole["heads"][2] == "kept whole: 0.3 of 2 is less than a step of 1"
+    assert not run(model, pixels(8), ObsConfig(0.5, 0.5, 0.5, 0.5)).fallbacks  # the control
+
+
 def test_model_is_not_changed() -> None:
     model = make(BlockSpec(2, 8, 8, 20), BlockSpec(2, 8, 8, 20))
     before = {n: w.copy() for n, w in model.weights.items()}
