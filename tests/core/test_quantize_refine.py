@@ -246,6 +246,13 @@ def test_importance_of_a_single_output_is_not_the_same_for_every_token():
     assert torch.allclose(table["blocks.1.fc2"][1:], torch.full((4,), FLOOR))
 
 
+def test_importance_of_an_output_that_is_not_finite_is_refused():
+    damaged = images(4)
+    damaged[1, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="Activations must be finite"):
+        token_importance(to_torch(random_model()), [damaged])
+
+
 def test_importance_covers_every_linear_but_the_classifier():
     table = token_importance(to_torch(random_model()), [images(4)])
     assert {f"{n}.weight" for n in table} >= set(linears(SPEC)) - {"head.weight"}

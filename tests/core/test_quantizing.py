@@ -8,7 +8,7 @@ import torch
 
 from calibration import data
 from compressor.cache import Cache
-from compressor.errors import ConfigError
+from compressor.errors import ConfigError, DataError
 from compressor.quantize import QuantizeConfig, simulate
 from compressor.quantize.grid import fake_quant, fake_quant_torch
 from compressor.quantize.plan import linears, weight_grid
@@ -120,6 +120,13 @@ def test_sensitivity_of_weights_alone_leaves_the_inputs(quantizer, model):
         rounded = {n: fake_quant(model.weights[n], weight_grid(model.weights[n], 4, group=32)) for n in row.weights}
         p, q = (to_torch(m)(x).double().log_softmax(1) for m in (model, model.with_weights(SPEC, rounded)))
         assert row.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+
+
+def test_sensitivity_of_a_prediction_that_is_not_finite_is_refused(quantizer, model):
+    damaged = quantizer.pixels.copy()
+    damaged[1, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="Activations must be finite"):
+        sensitivity(model, QuantizeConfig("w8a8"), damaged)
 
 
 def test_more_bits_are_less_sensitive_and_the_model_is_left_alone(quantizer, model):
