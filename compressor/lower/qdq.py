@@ -131,6 +131,10 @@ class Linears:
             raise ConfigError(
                 f"Capabilities.int8_scores of a graph with a grid for {scores[0]!r} must be true, got false."
             )
+        if scores and capabilities.attention == "fused":
+            raise ConfigError(
+                f"Capabilities.attention of a graph with a grid for {scores[0]!r} must be matmul, got 'fused'."
+            )
 
     def quantized(self, site: str, *names: str) -> bool:
         """Whether the linears `names`, all reading `site`, are executed in integers."""
