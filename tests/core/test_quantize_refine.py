@@ -337,5 +337,6 @@ def test_refine_refuses_what_it_cannot_do():
     model = random_model()
     with pytest.raises(DataError, match="at least one image"):
         refine(model, [], RefineConfig(), {})
-    with pytest.raises(ConfigError, match=r"dampings must be positive, got \(0.0,\)"):
-        RefineConfig(dampings=(0.0,))
+    for wrong in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=rf"dampings must be positive and finite, got \({wrong},\)"):
+            RefineConfig(dampings=(wrong,))
