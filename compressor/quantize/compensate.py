@@ -1,7 +1,9 @@
 """The published compensation: a low-rank linear branch beside each residual branch that quantization hurts in its tail.
 
+Kept for reference, and measured against by `bench/quantization.py`; what ``compress`` runs is `compressor.quantize.refine`.
+
 It costs multiplies on the device, ``2 C r`` per token, and nothing in the weights can absorb it, since its input is the
-stream before the norm. `compressor.quantize.refine` folds what can be folded at no cost; the two are measured side by side.
+stream before the norm. `refine` folds what can be folded at no cost; the two are measured side by side.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ class RefineConfig:
         dampings: candidate ridge strengths of the refit, as shares of the mean input variance; empty: weights are only
             rounded and biases corrected.
         rounding: `second_order`, or another of `compressor.quantize.rounding`.
-        tokens_per_image: cap on the tokens of an image that enter the sums, None for all.
+        tokens_per_image: cap on the tokens of an image that enter the sums, None for all; every prefix token and one patch
+            enter whatever it says.
         sample_images: how many images the activation grids are chosen on.
         exponents: candidates of equalisation; empty: none.
     """

@@ -1,9 +1,10 @@
 """Scale search: minimise the rounding error over one number per tensor or per channel.
 
 An objective maps scales, shape (R,), to errors, shape (R,); every row is searched at once and one call counts as one
-evaluation. Two objectives: the expected squared rounding error under a log histogram (activations), and the squared
-error of weight rows weighted by the energy of the input each weight meets. Three searches share one signature: `golden`
-(used), `ternary` (as published) and `exhaustive` (the reference both are measured against).
+evaluation. Two objectives: the squared error of weight rows weighted by the energy of the input each weight meets, and the
+expected squared rounding error under a log histogram of activations. Three searches share one signature: `golden`, `ternary`
+(as published) and `exhaustive` (the reference both are measured against by `bench/search.py`). ``compress`` runs `golden` on
+weight rows, and on sampled inputs in `compressor.quantize.ranges`; the rest is kept to measure it against.
 """
 
 from __future__ import annotations
