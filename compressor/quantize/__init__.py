@@ -1,6 +1,6 @@
 """Post-training quantization: grids, scale search, plan, simulation, compensation.
 
-What ``compress`` runs is `refine`, after `importance`, and `sensitivity` where too many answers change. `plan.quantize`,
+What ``compress`` runs is `refine`, after `importance` and beside the table of `sensitivity`. `plan.quantize`,
 `compensate`, and of `search` all but `golden`, are the plain and published methods it is measured against.
 """
 
