@@ -328,10 +328,12 @@ def _open_npz(path: Path, source: str) -> ImageSet:
         arrays = _read_npz(path)
         images = _checked_images(arrays["images"])
         labels = arrays.get("labels")
-        if labels is not None and (labels.dtype.kind not in "iu" or (labels < 0).any()):
-            raise DataError(f"labels must be integers from 0, got {labels.dtype}.", hint="Store class indices.")
+        if labels is not None:
+            if labels.dtype.kind not in "iu" or (labels.astype(np.int64) < 0).any():  # from 2**63 they wrap
+                raise DataError(f"labels must be integers from 0, got {labels.dtype}.", hint="Store class indices.")
+            labels = labels.astype(np.int64)
     names = tuple(f"{path.name}[{i}]" for i in range(len(images)))
-    return ImageSet(source, names, tuple(images), None if labels is None else labels.astype(np.int64))
+    return ImageSet(source, names, tuple(images), labels)
 
 
 def _checked_images(images: Array) -> Array:

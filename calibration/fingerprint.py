@@ -66,16 +66,22 @@ def fingerprint(pool: Features, model: str, components: int, rng: np.random.Gene
     """The mixture of `components` Gaussians that describes the pool best.
 
     Args:
-        pool: features of the device's images.
+        pool: features of the device's images, two at least.
         model: digest of the model that made them.
         components: k; 1 to the number of images.
         rng: starts the fit.
 
     Raises:
+        DataError: fewer than two images.
         ConfigError: more components than images.
     """
     from sklearn.mixture import GaussianMixture
 
+    if len(pool) < 2:
+        raise DataError(
+            f"fingerprint: a spread must be that of at least two images, got {len(pool)}.",
+            hint="Point --data at a folder with images of the device.",
+        )
     if not 1 <= components <= len(pool):
         raise ConfigError(f"fingerprint: components must be 1 to {len(pool)}, the number of images, got {components}.")
     seed = int(rng.integers(2**31))
@@ -111,16 +117,17 @@ def read_fingerprint(path: Path, model: str) -> Fingerprint:
         weights, means, variances = (
             np.asarray(content[k], dtype=np.float64) for k in ("weights", "means", "variances")
         )
-        found = Fingerprint(weights / weights.sum(), means, variances, str(content["model"]), int(content["images"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        origin, images = str(content["model"]), int(content["images"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: must be a fingerprint file, got {type(error).__name__}: {error}.") from error
     shapes = weights.ndim == 1 and means.ndim == 2 and means.shape == variances.shape and len(means) == len(weights) > 0
     values = shapes and all(np.isfinite(v).all() for v in (weights, means, variances))
-    if content.get("schema") != SCHEMA or not values or (weights < 0).any() or not (variances > 0).all():
+    shares = values and ((weights >= 0) & (weights <= 1)).all() and weights.any()
+    if content.get("schema") != SCHEMA or not shares or not (variances > 0).all():
         raise DataError(f"{path}: must be a fingerprint of schema {SCHEMA} with positive variances, got a damaged one.")
-    if found.model != model:
+    if origin != model:
         raise DataError(
-            f"{path}: must be made with this model ({model[:12]}), got one of model {found.model[:12]}.",
+            f"{path}: must be made with this model ({model[:12]}), got one of model {origin[:12]}.",
             hint="Embeddings of different models cannot be compared: run `vitrim fingerprint` with this model.",
         )
-    return found
+    return Fingerprint(weights / weights.sum(), means, variances, origin, images)

@@ -28,10 +28,12 @@ PER_HEAD = ("q", "k", "v")
 class ObservePlan:
     """What to record, by the last word of the tap's site ("fc2" means every ``blocks.i.fc2``).
 
-    `tokens_per_image` caps how many tokens of an image are read, None reads all: every prefix token, and patch tokens
-    at even strides. Neighbouring patches say much the same, so more images tell more than more tokens. The default
-    reads all tokens of a small model, and a third of the 197 of a 224-pixel one, which keeps the pass within 1.5 plain
-    forward passes.
+    Moments are for `compressor.prune.corp`, histograms for `compressor.quantize.plan.quantize`.
+
+    `tokens_per_image` caps how many tokens of an image are read, None reads all: every prefix token always, and patch
+    tokens at even strides for what is left of the cap, one at least. Neighbouring patches say much the same, so more
+    images tell more than more tokens. The default reads all tokens of a small model, and a third of the 197 of a 224-pixel
+    one, which keeps the pass within 1.5 plain forward passes.
     """
 
     moments: tuple[Part, ...] = ("fc2", "q", "k", "v", "proj")
@@ -45,11 +47,15 @@ class ObservePlan:
 
 
 def token_index(spec: VitSpec, limit: int | None) -> list[int]:
-    """Which tokens of an image are read: every prefix token, then patch tokens at even strides, at most `limit` in all.
+    """Which tokens of an image are read: every prefix token, then patch tokens at even strides, up to `limit` in all.
+
+    One patch token is read however many prefix tokens there are.
 
     >>> from compressor.types import BlockSpec
     >>> token_index(VitSpec((8, 8), (2, 2), 3, 4, (BlockSpec(1, 4, 4, 4),)), 5)
     [0, 1, 5, 9, 13]
+    >>> token_index(VitSpec((8, 8), (2, 2), 3, 4, (BlockSpec(1, 4, 4, 4),), prefix_tokens=5), 3)
+    [0, 1, 2, 3, 4, 5]
     """
     prefix, patches = spec.prefix_tokens, spec.tokens - spec.prefix_tokens
     wanted = patches if limit is None else min(patches, max(limit - prefix, 1))

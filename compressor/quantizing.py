@@ -14,6 +14,7 @@ import numpy as np
 from calibration import data
 from compressor import checkpoint
 from compressor.cache import Cache, key
+from compressor.errors import ConfigError
 from compressor.quantize import QuantizeConfig, simulate
 from compressor.quantize.importance import Importance, token_importance
 from compressor.quantize.refine import LayerReport, RefineConfig, Refined, refine
@@ -60,7 +61,15 @@ class Quantizer:
 
         Sites return to float in order of divergence caused per multiply-add saved, in doubling numbers, until enough
         classes stay or half of the sites are float; then the target decides whether it is worth anything.
+
+        Raises:
+            ConfigError: the model has one class, which no change of its output changes.
         """
+        if self.model.spec.num_classes == 1:
+            raise ConfigError(
+                "quantize: a model must have at least two classes, for changes to be counted, got one.",
+                hint="Use --precision fp32.",
+            )
         refined = self.refine(config)
         agreement = self.agreement(refined)
         table = sensitivity(self.model, config, self.pixels)

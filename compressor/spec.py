@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class VitSpec:
     `prefix_tokens` counts class, distillation and register tokens; token 0 is the class token when there is one.
     `pool` says what the head reads: ``token`` (token 0), ``avg`` (mean of the patch tokens), ``token_dist`` (tokens 0 and 1
     side by side), ``token_avg`` (token 0 and the patch mean side by side). `num_classes` 0 means the pooled feature is the
-    output.
+    output. `norm_after_pool`: the last norm reads the pooled vector and not every token, for ``token`` and ``avg``.
     """
 
     image_size: tuple[int, int]
@@ -71,6 +72,11 @@ class VitSpec:
     norm_after_pool: bool = False
 
     def __post_init__(self) -> None:
+        for name, least in (("in_chans", 1), ("embed_dim", 1), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"VitSpec.{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.norm_eps < math.inf:
+            raise ConfigError(f"VitSpec.norm_eps must be positive and finite, got {self.norm_eps}.")
         if not self.blocks:
             raise ConfigError("VitSpec.blocks must hold at least one block, got none.")
         if self.pool not in POOLS:
@@ -78,6 +84,8 @@ class VitSpec:
         needed = {"token": 1, "avg": 0, "token_dist": 2, "token_avg": 1}[self.pool]
         if self.prefix_tokens < needed:
             raise ConfigError(f"VitSpec.pool {self.pool!r} must have {needed} prefix tokens, got {self.prefix_tokens}.")
+        if self.norm_after_pool and self.pool not in ("token", "avg"):
+            raise ConfigError(f"VitSpec.pool must be token or avg with norm_after_pool, got {self.pool!r}.")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size < patch:
                 raise ConfigError(

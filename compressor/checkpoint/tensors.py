@@ -32,7 +32,7 @@ FOLDER_FILES = (
 )
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts keep the weights
-WRAPPERS = ("module.", "_orig_mod.", "timm_model.", "model.")  # left on every name by wrapping modules
+WRAPPERS = ("module.", "_orig_mod.", "timm_model.", "model.")  # left on every name by wrapping modules, which nest
 LFS_POINTER = b"version https://git-lfs"
 
 Reader = Callable[[], "Tensor"]
@@ -93,8 +93,9 @@ def from_state_dict(state: Mapping[str, Any], where: str) -> Tensors:
 
 
 def _tensors(where: str, readers: Mapping[str, tuple[tuple[int, ...], Reader]], sha256: str) -> Tensors:
-    wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in readers)), "")
-    names = {name.removeprefix(wrapper): name for name in readers}
+    names = {name: name for name in readers}
+    while names and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in names)), "")):
+        names = {name.removeprefix(wrapper): full for name, full in names.items()}
 
     def read(name: str) -> Array:
         return _float32(readers[names[name]][1](), name, where)

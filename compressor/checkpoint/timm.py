@@ -128,7 +128,7 @@ def read(tensors: Tensors, config: Mapping[str, Any], image_size: Size | None = 
     facts = _facts(slots, hub, args, architecture)
     spec, weights = assemble(slots, facts, image_size)
     _check_stated(slots, hub, args, spec)
-    labels = _labels(hub.label_names or hub.pretrained_cfg.label_names)
+    labels = _labels(hub.label_names or hub.pretrained_cfg.label_names) if spec.num_classes else ()
     origin = Origin("timm", name, tensors.sha256, tensors.params)
     return Model(spec, weights, _preprocess(hub.pretrained_cfg, architecture, spec), labels, origin)
 

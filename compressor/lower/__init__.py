@@ -23,10 +23,12 @@ def lower(model: Model, capabilities: Capabilities, quantization: Quantization |
         quantization: integer grids; None, or a linear without a grid, is emitted in float.
 
     Returns:
-        Input ``pixels`` (batch, in, h, w) float32, output ``logits`` (batch, classes) float32.
+        Input ``pixels`` (batch, in, h, w) float32, and (batch, h, w, in) with ``patch="columns"`` where the rows that are
+        read are a multiple of 16; output ``logits`` (batch, classes) float32, and (batch, classes, 1, 1) with ``logits="map"``.
+        Without a classifier, the pooled features take the place of the classes.
 
     Raises:
-        ConfigError: the layout is not emitted yet, or the plan and the capabilities contradict each other.
+        ConfigError: the layout is unknown, or the plan and the capabilities contradict each other.
     """
     if capabilities.layout not in LAYOUTS:
         raise ConfigError(f"Capabilities.layout must be one of {', '.join(LAYOUTS)}, got {capabilities.layout!r}.")

@@ -37,6 +37,8 @@ POOLED_ROWS = {"token": 1, "token_dist": 2}  # pools that read only the first to
 def lower_conv(model: Model, capabilities: Capabilities, quantization: Quantization | None) -> ir.Model:
     """The ONNX graph of `model` in 4-D: ``pixels`` (batch, in, h, w) -> ``logits`` (batch, classes), float32.
 
+    With ``logits="map"`` they are (batch, classes, 1, 1).
+
     Raises:
         ConfigError: a quantization (the chips' compilers quantize this form themselves), an opset below 11, or patches that
             SpaceToDepth cannot cut.

@@ -59,10 +59,15 @@ def columns(g: GraphBuilder, spec: VitSpec, x: ir.Value, weight: Array, largest:
     x = g.reshape("patch.columns", cropped(g, spec, x, (1, 2)), (rows * p, cols * q // count, count * spec.in_chans))
     x = g.op("patch.channels", "Transpose", x, perm=(0, 3, 1, 2))
     depth, weight = 0, folds.unshuffle(weight, 1, count)
-    while weight.shape[2] > largest and (step := next((n for n in (largest, 2) if weight.shape[2] % n == 0), 0)):
+    while weight.shape[2] > largest and (step := _row_step(weight.shape[2], largest)):
         x, weight = _unshuffled(g, f"patch.rows{depth}", x, weight, (step, 1))
         depth += 1
     return strided(g, x, weight)
+
+
+def _row_step(rows: int, largest: int) -> int:
+    """`largest`, or 2, whichever divides `rows` first; 0 where neither does. A step of 1 would lead nowhere."""
+    return next((n for n in (largest, 2) if n > 1 and rows % n == 0), 0)
 
 
 def _unshuffled(

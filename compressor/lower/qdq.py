@@ -7,8 +7,9 @@ rounding:
     y = sx * sw * sum (qx - zx) qw + b,   qx = clip(round(x / sx) + zx),   qw = clip(round(w / sw)),   half to even
 
 ``linear_inputs``  QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight)) -> Add: the common form
-                   of runtimes that fuse QDQ. Symmetric int8 activations, int8 weights per output channel, no bias QDQ;
-                   or both as 8-bit floats (FLOAT8E4M3FN).
+                   of runtimes that fuse QDQ. int8 activations, with a zero point where the plan has one (OpenVINO's
+                   before fc2 and the patch embedding), int8 weights per output channel, no bias QDQ; or both as 8-bit
+                   floats (FLOAT8E4M3FN).
 ``integer_ops``    QuantizeLinear -> com.microsoft MatMulIntegerToFloat: ONNX Runtime's own int8 operator, so that no
                    optimizer has to recognize anything. Activations are stored as uint8 with the zero point moved by
                    128, because ONNX Runtime's x86 kernels multiply unsigned by signed; the real values are the same.
@@ -130,6 +131,10 @@ class Linears:
         if scores and not capabilities.int8_scores:
             raise ConfigError(
                 f"Capabilities.int8_scores of a graph with a grid for {scores[0]!r} must be true, got false."
+            )
+        if scores and capabilities.attention == "fused":
+            raise ConfigError(
+                f"Capabilities.attention of a graph with a grid for {scores[0]!r} must be matmul, got 'fused'."
             )
 
     def quantized(self, site: str, *names: str) -> bool:

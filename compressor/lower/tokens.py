@@ -29,7 +29,8 @@ POOLED_ROWS = {"token": 1, "token_dist": 2}  # pools that read only the first to
 def lower_tokens(model: Model, capabilities: Capabilities, quantization: Quantization | None) -> ir.Model:
     """The ONNX graph of `model` on tokens: ``pixels`` (batch, in, h, w) -> ``logits`` (batch, classes), float32.
 
-    The patch form "columns" takes ``pixels`` (batch, h, w, in) where rows are a multiple of 16.
+    The patch form "columns" takes ``pixels`` (batch, h, w, in) where rows are a multiple of 16; with ``logits="map"`` the
+    output is (batch, classes, 1, 1).
     """
     emitter = _Tokens(model, capabilities, quantization)
     spec, g = model.spec, emitter.graph

@@ -76,12 +76,13 @@ def allocate(
     """
     steps = []
     for curve in curves:
-        sizes, errors = _hull(curve, multiple)
+        (sizes, errors), rate = _hull(curve, multiple), 0.0
         unit = cost(spec) - cost(_resized(spec, curve.block, curve.width, len(curve.errors) - 2))
         for i in range(1, len(sizes)):
             saved = (sizes[i - 1] - sizes[i]) * unit
-            steps.append(((errors[i] - errors[i - 1]) / saved, curve.block, curve.width, sizes[i]))
-    for _, block, width, size in sorted(steps):
+            rate = max(rate, (errors[i] - errors[i - 1]) / saved)  # a convex curve's grow, but for rounding
+            steps.append((rate, curve.block, curve.width, sizes[i]))
+    for _, block, width, size in sorted(steps, key=lambda step: (*step[:3], -step[3])):  # never larger than it is
         if cost(spec) <= budget:
             return spec
         spec = _resized(spec, block, width, size)
@@ -120,7 +121,7 @@ def _resized(spec: VitSpec, block: int, width: Width, size: int) -> VitSpec:
 def measure_curves(module: VisionTransformer, tokens: TokenStream, weights: Sequence[Tensor]) -> list[Curve]:
     """The curves of every width of every block, on the dense stream of a few images.
 
-    Queries and keys under a norm have no curve: they keep their size.
+    Queries and keys under a norm have no curve, nor has a width of 1: they keep their size.
 
     Args:
         module: the dense network.
@@ -134,11 +135,13 @@ def measure_curves(module: VisionTransformer, tokens: TokenStream, weights: Sequ
         middle = before.mapped(partial(_add, block.attention))
         after = middle.mapped(partial(_add, block.mlp))
         found: list[tuple[Width, Tensor, TokenStream]] = []
-        if not block.spec.qk_norm:
+        if not block.spec.qk_norm and block.spec.qk_dim > 1:
             found.append(_queries(block, before, weight))
-        found.append(_values(block, before, middle, weight))
+        if block.spec.v_dim > 1:
+            found.append(_values(block, before, middle, weight))
         found = [(width, errors, x.mapped(partial(_add, block.mlp))) for width, errors, x in found]
-        found.append(_units(block, middle, after, weight))
+        if block.spec.mlp_dim > 1:
+            found.append(_units(block, middle, after, weight))
         for width, errors, changed in found:
             change = output_error(expected, _outputs(module, blocks[index + 1 :], changed))
             half = errors[(len(errors) - 1) // 2].clamp(min=1e-300)

@@ -47,7 +47,8 @@ class CorpConfig:
         qk_saliency: ``same_token`` ranks by E[q_j^2 k_j^2] of one token (released); logits pair different tokens, which
             ``all_pairs`` ranks by.
         floor: least damping: ``absolute`` 1e-3 whatever the activations' scale (released), or ``relative`` to it.
-        sums: ``float32`` rounds covariances and means to float32 before solving (released), ``float64`` does not.
+        sums: ``float32`` rounds covariances and means to float32 before solving (released). ``float64`` solves with the sums
+            as they are, added in float64 from products of float32 within each batch.
         symmetrize: replace T by its symmetric part before factoring it (released); any T factors exactly without.
         keep_scale: keep the softmax scale D^-0.5; released is r^-0.5, though U V^T restores the whole logit already.
     """

@@ -42,8 +42,10 @@ def weight_entropy(model: Model) -> list[float]:
 
 
 def output_error(expected: Tensor, got: Tensor) -> float:
-    """Squared change of outputs (n, classes) relative to their spread, a constant over the classes not counting."""
-    a, b = (y.double() - y.double().mean(1, keepdim=True) for y in (expected, got))
+    """Squared change of outputs (n, classes) relative to their spread; a constant over several classes does not count."""
+    a, b = expected.double(), got.double()
+    if a.shape[1] > 1:
+        a, b = (y - y.mean(1, keepdim=True) for y in (a, b))
     return (a - b).square().sum().item() / max((a - a.mean(0)).square().sum().item(), 1e-300)
 
 
@@ -57,7 +59,7 @@ def least_important(
 
     Args:
         module: the dense network.
-        tokens: (B, T, C) embedded calibration images; every block's input is held for them.
+        tokens: (B, T, C) embedded calibration images.
         count: fewer than there are blocks.
         candidates: the only blocks to take, at least `count`; None for all.
     """

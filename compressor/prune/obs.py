@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.errors import ConfigError, DataError, unknown_name
 from compressor.prune.allocate import allocate, measure_curves
 from compressor.prune.importance import least_important, weight_entropy
-from compressor.prune.records import BlockReport, Pruned
+from compressor.prune.records import BlockReport, Part, Pruned
 from compressor.prune.sequential import SequentialPass
 from compressor.prune.stream import TokenStream
 from compressor.prune.surgery import blocks_of
@@ -33,6 +33,12 @@ __all__ = ["ObsConfig", "prune"]
 POOLED_SHARE = 0.5
 FEW = 64  # images that importance and allocation are measured on
 IMPORTANCES = ("output", "entropy")
+RATIOS: dict[Part, tuple[str, str]] = {
+    "mlp": ("mlp_dim", "mlp_ratio"),
+    "qk": ("qk_dim", "qk_ratio"),
+    "vo": ("v_dim", "vo_ratio"),
+    "heads": ("heads", "head_ratio"),
+}
 COSTS: dict[str, Callable[[VitSpec], int]] = {"macs": VitSpec.macs, "params": VitSpec.params}
 
 
@@ -125,7 +131,8 @@ def prune(
         run = SequentialPass(tokens, weights, None if config.damping == "auto" else float(config.damping))
         result = _sequential(model, dense, run, sizes)
     gone = [BlockReport(i, "block", 1, 0, error, 0.0) for i, error in dropped.items()]
-    return replace(result, blocks=tuple(sorted([*result.blocks, *gone], key=lambda r: r.block)))
+    reports = [*_with_whole(result.blocks, dense.spec, sizes, config), *gone]
+    return replace(result, blocks=tuple(sorted(reports, key=lambda r: r.block)))
 
 
 def token_weights(spec: VitSpec) -> list[Tensor]:
@@ -188,6 +195,22 @@ def uniform(block: BlockSpec, config: ObsConfig) -> BlockSpec:
         v_dim=left(block.v_dim, config.vo_ratio, config.width_multiple),
         mlp_dim=left(block.mlp_dim, config.mlp_ratio, config.width_multiple),
     )
+
+
+def _with_whole(
+    reports: Iterable[BlockReport], dense: VitSpec, sizes: list[BlockSpec | None], config: ObsConfig
+) -> list[BlockReport]:
+    """`reports`, and of every width that a ratio should have reduced and rounding left whole, that it did."""
+    found = {(report.block, report.part): report for report in reports}
+    for i, (block, size) in enumerate(zip(dense.blocks, sizes, strict=True)):
+        for part, (name, ratio) in RATIOS.items():
+            width, share = getattr(block, name), getattr(config, ratio)
+            if size is not None and share > 0 and getattr(size, name) == width:
+                step = 1 if part == "heads" else config.width_multiple
+                whole = f"kept whole: {share:g} of {width} is less than a step of {step}"
+                report = found.get((i, part), BlockReport(i, part, width, width, 0.0, 0.0))
+                found[i, part] = replace(report, fallback="; ".join(filter(None, (report.fallback, whole))))
+    return list(found.values())
 
 
 def _sequential(model: Model, dense: VisionTransformer, run: SequentialPass, sizes: list[BlockSpec | None]) -> Pruned:

@@ -40,18 +40,18 @@ MLP_SALIENCIES: Mapping[MlpSaliency, Callable[[Tensor, Tensor, Tensor], Tensor]]
 
 
 def same_token(pair_energy: Tensor, q_energy: Tensor, k_energy: Tensor) -> Tensor:
-    """E_token[q_j^2 k_j^2], (H, D): query and key of the SAME token. Source: CORP as released."""
+    """Sum of q_j^2 k_j^2 over tokens, (H, D): query and key of the SAME token. Source: CORP as released."""
     del q_energy, k_energy  # Unused
     return pair_energy
 
 
 def all_pairs(pair_energy: Tensor, q_energy: Tensor, k_energy: Tensor) -> Tensor:
-    """E[q_j^2] E[k_j^2], (H, D): the dimension's energy in logits, which pair different tokens."""
+    """Sum of q_j^2 times sum of k_j^2, (H, D): the dimension's energy in logits, which pair different tokens."""
     del pair_energy  # Unused
     return q_energy * k_energy
 
 
-# (sum of q_j^2 k_j^2, E[q_j^2], E[k_j^2]), each (H, D) -> score (H, D)
+# (sum of q_j^2 k_j^2, sum of q_j^2, sum of k_j^2), each (H, D) -> score (H, D)
 QK_SALIENCIES: Mapping[QkSaliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "same_token": same_token,
     "all_pairs": all_pairs,

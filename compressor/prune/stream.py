@@ -23,7 +23,7 @@ class TokenStream:
     """Batches of tokens (B, T, C) float32, in memory up to `limit_bytes` and in temporary files beyond.
 
     Args:
-        device: where `batches` puts them.
+        device: where batches are put when they are read.
         limit_bytes: how much may stay in memory.
     """
 

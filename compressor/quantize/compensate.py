@@ -1,11 +1,14 @@
 """The published compensation: a low-rank linear branch beside each residual branch that quantization hurts in its tail.
 
+Kept for reference, and measured against by `bench/quantization.py`; what ``compress`` runs is `compressor.quantize.refine`.
+
 It costs multiplies on the device, ``2 C r`` per token, and nothing in the weights can absorb it, since its input is the
-stream before the norm. `compressor.quantize.refine` folds what can be folded at no cost; the two are measured side by side.
+stream before the norm. `refine` folds what can be folded at no cost; the two are measured side by side.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,8 +111,8 @@ class LowRankConfig:
     truncate: Truncation = truncate_weighted
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.tail <= 1 or self.damping < 0:
-            raise ConfigError(f"LowRankConfig must have rank >= 1, tail in (0, 1] and damping >= 0, got {self}.")
+        if self.rank < 1 or not 0 < self.tail <= 1 or not 0 <= self.damping < math.inf:
+            raise ConfigError(f"LowRankConfig must have rank >= 1, tail in (0, 1] and finite damping >= 0, got {self}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +188,10 @@ class _Walk:
     ) -> None:
         self._float, self._quantized = to_torch(model), to_torch(on_grid(model, quantization.weights))
         self._tap, self._config = fake_quant_tap(quantization.activations), config
-        self._start = torch.cat([self._quantized.embed(torch.from_numpy(b), self._tap) for b in batches])
-        if len(self._start) == 0:
+        streams = [self._quantized.embed(torch.from_numpy(b), self._tap) for b in batches]
+        if not sum(map(len, streams)):
             raise DataError("low_rank: calibration data must hold at least one image, got none.")
+        self._start = torch.cat(streams)
         self.rank = min(config.rank, model.spec.embed_dim)
         self._macs = 2 * model.spec.embed_dim * self.rank * model.spec.tokens
 

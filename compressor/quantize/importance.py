@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import DataError
+from compressor.linalg import require_finite
 from compressor.types import Array
 from compressor.vit import VisionTransformer
 
@@ -36,7 +37,7 @@ def token_importance(module: VisionTransformer, batches: Iterable[Array], *, see
         seed: of the drawn classes.
 
     Raises:
-        DataError: no image.
+        DataError: no image, or an output that is not finite.
 
     Source: label-free form of the Hessian-guided objective of arXiv 2111.12293 (PTQ4ViT), which keeps the gradient of each
     element; averaging it over images is what makes it usable in a closed form. For ``fc1`` the gradient at the
@@ -80,10 +81,11 @@ def _energies(module: VisionTransformer, pixels: Tensor, generator: torch.Genera
 
     with torch.enable_grad():
         output = module(pixels, watch)
-        if module.spec.num_classes:
+        require_finite(output.detach())
+        if module.spec.num_classes > 1:
             drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
             score = output.log_softmax(1).gather(1, drawn).sum()
-        else:  # features: every direction counts alike
+        else:  # features, or one number: every direction counts alike
             score = (output * torch.randn(output.shape, generator=generator).to(output.device)).sum()
         score.backward()
     return sums

@@ -110,6 +110,9 @@ def linears(spec: VitSpec) -> dict[str, str]:
 def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantization:
     """Grids for `model` from streamed statistics: per output channel, or group of it, for weights, per tensor else.
 
+    Plain rounding to ranges from histograms, kept for reference and measured against by `bench/quantization.py`; what
+    ``compress`` runs is `compressor.quantize.refine`.
+
     Args:
         model: the float model, pruned or not.
         stats: of this model's calibration pass; needs a histogram for each site whose activations are quantized.
@@ -138,6 +141,8 @@ def quantize(model: Model, stats: Statistics, config: QuantizeConfig) -> Quantiz
 
 def activation_grid(histogram: Histogram, bits: Width, search: Search = golden, *, asymmetric: bool = False) -> QParams:
     """The per-tensor grid with the least expected squared error; with a zero point only where that is better.
+
+    For `quantize` alone: ``compress`` chooses these grids on sampled inputs, see `compressor.quantize.ranges`.
 
     An 8-bit float represents the largest value seen: its error is relative, so there is nothing to gain by clipping.
     The asymmetric grid keeps every negative value, which suits what follows a GELU, and searches the positive end.

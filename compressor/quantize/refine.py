@@ -19,6 +19,7 @@ towards that again, in one pass or in two, helps some and harms others (bench/re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,7 +54,8 @@ class RefineConfig:
         dampings: candidate ridge strengths of the refit, as shares of the mean input variance; empty: weights are only
             rounded and biases corrected.
         rounding: `second_order`, or another of `compressor.quantize.rounding`.
-        tokens_per_image: cap on the tokens of an image that enter the sums, None for all.
+        tokens_per_image: cap on the tokens of an image that enter the sums, None for all; every prefix token and one patch
+            enter whatever it says.
         sample_images: how many images the activation grids are chosen on.
         exponents: candidates of equalisation; empty: none.
     """
@@ -66,8 +68,8 @@ class RefineConfig:
     exponents: tuple[float, ...] = EXPONENTS
 
     def __post_init__(self) -> None:
-        if any(not d > 0 for d in self.dampings):
-            raise ConfigError(f"RefineConfig.dampings must be positive, got {self.dampings}.")
+        if any(not 0 < d < math.inf for d in self.dampings):
+            raise ConfigError(f"RefineConfig.dampings must be positive and finite, got {self.dampings}.")
         if any(not 0 <= a <= 1 for a in self.exponents):
             raise ConfigError(f"RefineConfig.exponents must lie between 0 and 1, got {self.exponents}.")
         if self.sample_images < 1 or (self.tokens_per_image is not None and self.tokens_per_image < 1):
@@ -110,7 +112,7 @@ def refine(
 ) -> Refined:
     """`model` quantized and compensated in one sequential pass over calibration images.
 
-    Two float32 token streams (images, T, C) are held, and the integers of one layer's input; no other activation is.
+    Two token streams (images, T, C) are held, and the input of one layer at a time, for all images; both in float32.
 
     Args:
         model: the float model, pruned or not.

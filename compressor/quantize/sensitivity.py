@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.linalg import require_finite
 from compressor.quantize.equalize import SITES, equalize
 from compressor.quantize.grid import fake_quant
 from compressor.quantize.plan import QuantizeConfig, linears, weight_grid
@@ -44,6 +45,9 @@ def sensitivity(model: Model, config: QuantizeConfig, pixels: Array) -> tuple[Se
         model: the float model.
         config: bits, exceptions, zero points.
         pixels: (n, C, h, w) calibration inputs; the first few are used.
+
+    Raises:
+        DataError: a prediction is not finite.
     """
     readers: dict[str, list[str]] = {}
     for name, site in linears(model.spec).items():
@@ -73,6 +77,7 @@ class _Run:
             for i, block in enumerate(self.module.blocks):
                 self.streams.append(block(self.streams[-1], self._keep, f"blocks.{i}"))
             self.expected = self.module.classify(self.streams[-1], self._keep).double().log_softmax(1)
+        require_finite(self.expected)
 
     def divergence(self, site: str, names: list[str], config: QuantizeConfig) -> float:
         """Mean KL from the float prediction with `site` and the weights `names` on their grids."""
@@ -92,6 +97,7 @@ class _Run:
             logits = self._forward(site, lambda at, x: inner(at, x / by) * by if at == site else x)
         self._put(exact)
         got = logits.double().log_softmax(1)
+        require_finite(got)
         return max(float((self.expected.exp() * (self.expected - got)).sum(1).mean()), 0.0)
 
     def _forward(self, site: str, tap: Tap) -> Tensor:

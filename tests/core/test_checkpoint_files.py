@@ -72,9 +72,11 @@ def test_folder_without_config_is_a_bare_file(tmp_path):
         lambda state: {"model": state, "epoch": 3},
         lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
         lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+        lambda state: {"model": {f"module._orig_mod.model.{name}": tensor for name, tensor in state.items()}},
         lambda state: {"state_dict": state, "args": __import__("argparse").Namespace(lr=0.1), "optimizer": {"step": 1}},
     ],
-    ids=["model", "state_dict and module", "compiled", "with options"],
+    ids=["model", "state_dict and module", "compiled", "compiled, parallel", "three wrappers", "with options"],
 )
 def test_training_checkpoints_are_unwrapped(wrap, tmp_path):
     state = timm_model("vit_tiny_patch16_224").state_dict()
@@ -285,6 +287,12 @@ def test_timm_preprocessing_and_labels_are_followed(tmp_path):
     assert model.preprocess == Preprocess((32, 32), 0.8, "lanczos", (0.1, 0.2, 0.3), (0.4,) * 3, resize="exact")
     config(folder / "config.json", label_names={str(i): f"n{i}" for i in reversed(range(5))})
     assert load(str(folder)).labels == ("n0", "n1", "n2", "n3", "n4")
+
+
+def test_timm_labels_of_a_model_without_classifier_are_none(tmp_path):
+    folder = save_timm(timm_model("vit_tiny_patch16_224", num_classes=0), tmp_path)
+    config(folder / "config.json", num_classes=0, label_names=list("abcde"))
+    assert load(str(folder)).labels == ()
 
 
 def test_bare_file_gets_the_preprocessing_of_its_name(tmp_path):

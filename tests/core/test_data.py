@@ -236,6 +236,10 @@ def test_npz_with_and_without_labels_and_channels(tmp_path):
             "labels must be integers from 0, got float64",
         ),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, -1])}, "labels must be integers from 0"),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 2**63], np.uint64)},
+            "labels must be integers from 0, got uint64",
+        ),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array(["a", "b"])}, "labels must be integers from 0"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([object()] * 2)}, "without objects"),
     ],

@@ -126,6 +126,17 @@ def test_patches_read_as_columns_compute_the_model(size, patch, in_chans, last, 
     assert np.abs(run(graph, flipped) - torch_logits(model, pixels)).max() > 100 * FLOAT  # control
 
 
+@pytest.mark.parametrize(("stride", "steps"), [(1, 4), (2, 3), (4, 1), (16, 0)])
+def test_columns_are_halved_until_no_stride_is_larger_than_asked_for(stride, steps):
+    """A stride of 1 leads nowhere by itself: the rows are halved four times."""
+    model = random_model(VitSpec((32, 32), (16, 16), 3, 12, (BlockSpec(1, 8, 8, 16),), num_classes=5))
+    graph = lower(model, replace(PLAIN, patch="columns", patch_stride=stride))
+    pixels = random_pixels(model.spec, 1)
+    assert sum("patch.rows" in node.name for node in graph.graph) == steps
+    got = run(graph, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
+    assert np.abs(got - torch_logits(model, pixels)).max() < FLOAT
+
+
 @pytest.mark.parametrize("name", ["token_avg", "distilled"])
 @pytest.mark.parametrize("batch", ["static", "dynamic"])
 def test_logits_as_a_map_are_the_same_numbers(name, batch):
@@ -326,5 +337,9 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
         lower(model, PLAIN, Quantization(plan.weights, per_channel))
     with pytest.raises(ConfigError, match=r"int8_scores of a graph with a grid for 'blocks.0.q' must be true"):
         lower(model, PLAIN, with_scores(plan, model, random_pixels(BASE)))
+    with pytest.raises(
+        ConfigError, match=r"attention of a graph with a grid for 'blocks.0.q' must be matmul, got 'fused'"
+    ):
+        lower(model, replace(ORT, int8_scores=True), with_scores(plan, model, random_pixels(BASE)))
     with pytest.raises(ConfigError, match="must be one of conv, tokens, got 'rows'"):
         lower(model, replace(PLAIN, layout="rows"))

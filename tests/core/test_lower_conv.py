@@ -333,6 +333,14 @@ def test_a_constant_row_among_the_values_is_the_sum_of_a_row():
     assert np.abs(c * o[:, :3] / o[::-1, 3:] - want).max() > 0.01
 
 
+@pytest.mark.parametrize("silent", ["blocks.0.v.weight", "blocks.0.norm1.weight"])
+def test_values_that_are_all_zero_divide_by_no_zero(silent):
+    m = model(SPEC).with_weights(SPEC, {silent: np.zeros_like(model(SPEC).weights[silent])})
+    x = pixels(SPEC)
+    got, want = run(lower(m, replace(RDK, softmax="exp")), x), torch_logits(m, x)
+    assert np.abs(got - want).max() < FLOAT < np.abs(want - torch_logits(model(SPEC), x)).max()
+
+
 def test_exp_does_not_overflow():
     """Scores of several hundred: exp of them is infinite in float32, exp of their distance to the largest is not."""
     loud = {f"blocks.0.{p}.weight": 40 * model(SPEC).weights[f"blocks.0.{p}.weight"] for p in "qk"}

@@ -47,6 +47,19 @@ def test_nothing_to_do_returns_the_model() -> None:
     assert run(model, pixels(2), ObsConfig(width_multiple=8)).model is model
 
 
+def test_a_ratio_that_rounding_cancels_is_reported() -> None:
+    model = make(BlockSpec(2, 8, 8, 64))
+    result = run(
+        model, pixels(8), ObsConfig(mlp_ratio=0.5, qk_ratio=0.5, vo_ratio=0.5, head_ratio=0.3, width_multiple=16)
+    )
+    assert result.model.spec.blocks == (BlockSpec(2, 8, 8, 32),)
+    whole = {r.part: (r.before, r.after, r.fallback) for r in result.blocks if "kept whole" in r.fallback}
+    assert set(whole) == {"qk", "vo", "heads"} and len(result.blocks) == 4
+    assert whole["qk"] == (8, 8, "kept whole: 0.5 of 8 is less than a step of 16")
+    assert whole["heads"][2] == "kept whole: 0.3 of 2 is less than a step of 1"
+    assert not run(model, pixels(8), ObsConfig(0.5, 0.5, 0.5, 0.5)).fallbacks  # the control
+
+
 def test_model_is_not_changed() -> None:
     model = make(BlockSpec(2, 8, 8, 20), BlockSpec(2, 8, 8, 20))
     before = {n: w.copy() for n, w in model.weights.items()}
@@ -191,9 +204,19 @@ def test_head_ratio_removes_the_head_that_does_nothing() -> None:
     np.testing.assert_allclose(result.model.weights["blocks.0.q.weight"][8:], model.weights["blocks.0.q.weight"][16:])
 
 
+def test_output_error_of_one_class_and_of_several() -> None:
+    one = torch.arange(6.0)[:, None]
+    assert output_error(one, one + 1) == pytest.approx(6 / 17.5)  # over the squared distances from the mean
+    several = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    assert output_error(several, several + 1) < 1e-12 < output_error(several, 2 * several)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize("idle", [0, 1, 2])
-def test_drop_blocks_drops_the_block_that_only_adds_a_constant(idle: int) -> None:
+def test_drop_blocks_drops_the_block_that_only_adds_a_constant(idle: int, classes: int) -> None:
     model = make(*(BlockSpec(2, 8, 8, 20),) * 3)
+    head = {f"head.{kind}": model.weights[f"head.{kind}"][:classes] for kind in ("weight", "bias")}
+    model = model.with_weights(replace(model.spec, num_classes=classes), head)
     weights = {n: w.copy() for n, w in model.weights.items()}
     for part in ("proj", "fc2"):
         weights[f"blocks.{idle}.{part}.weight"][:] = 0
@@ -247,6 +270,17 @@ def test_target_with_a_width_multiple_and_a_dropped_block() -> None:
     result = run(model, pixels(10), ObsConfig(target=("macs", 0.4), width_multiple=4, drop_blocks=1))
     assert result.model.spec.macs() <= 0.4 * model.spec.macs() and len(result.model.spec.blocks) == 2
     assert all(w % 4 == 0 for b in result.model.spec.blocks for w in (b.qk_dim, b.v_dim, b.mlp_dim))
+
+
+@pytest.mark.parametrize("width", ["qk_dim", "v_dim", "mlp_dim"])
+def test_target_leaves_a_width_of_one_and_takes_the_others(width: str) -> None:
+    narrow = replace(BlockSpec(2, 8, 8, 20), **{width: 1})  # type: ignore[arg-type]
+    model = make(narrow, BlockSpec(2, 8, 8, 20))
+    result = run(model, pixels(8), ObsConfig(target=("macs", 0.8)))
+    assert result.model.spec.macs() <= 0.8 * model.spec.macs()
+    assert getattr(result.model.spec.blocks[0], width) == 1
+    with pytest.raises(ConfigError, match="target must be reachable"):
+        run(make(BlockSpec(1, 1, 1, 1)), pixels(8), ObsConfig(target=("macs", 0.8)))
 
 
 def test_target_out_of_reach_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -306,6 +307,16 @@ def test_allocate_rounds_widths_to_multiples() -> None:
     curves = [curve(0, "mlp_dim", [float(30 - i) for i in range(31)])]
     chosen = allocate(spec, curves, VitSpec.macs, 0.9 * spec.macs(), 8)
     assert chosen.blocks[0].mlp_dim in (8, 16, 24)
+
+
+@pytest.mark.parametrize(("width", "height", "between"), [(28, 0.3, 25), (35, 0.7, 28), (55, 0.3, 25)])
+def test_allocate_walks_a_straight_curve_from_large_to_small(width: int, height: float, between: int) -> None:
+    """Slopes that differ by rounding alone once put a smaller size before a larger one, which the spec then grew to."""
+    spec = VitSpec((8, 8), (4, 4), 3, 8, (BlockSpec(1, 4, 4, width),))
+    line = curve(0, "mlp_dim", (height * (1 - np.arange(width + 1) / width)).tolist())
+    budget = replace(spec, blocks=(BlockSpec(1, 4, 4, between),)).macs()
+    assert allocate(spec, [line], VitSpec.macs, budget, 1).blocks[0].mlp_dim == between
+    assert allocate(spec, [line], VitSpec.macs, budget - 1, 1).blocks[0].mlp_dim < between  # the control
 
 
 def test_what_linears_read_is_mapped_back_onto_the_dense_input() -> None:

@@ -215,6 +215,13 @@ def test_row_error_weighs_by_energy():
     )
 
 
+def test_golden_keeps_min_max_where_every_scale_is_as_good():
+    rows, minmax = np.array([[1.0, 0.3], [0.2, 0.1]]), np.array([1.0, 0.2]) / 127
+    assert np.array_equal(golden(row_error(rows, 8, np.zeros(2)), minmax).scale, minmax)  # inputs that never vary
+    low = golden(row_error(np.array([[1.0, 0.013]]), 4, np.array([0.0, 1.0])), np.ones(1) / 7)
+    assert low.scale[0] < 0.05  # the control: one input that varies decides
+
+
 # --------------------------------------------------------------------------- plan and simulation
 
 

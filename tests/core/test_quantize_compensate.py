@@ -119,5 +119,9 @@ def test_low_rank_refuses_bad_settings_and_no_images():
         LowRankConfig(0)
     with pytest.raises(ConfigError, match=r"share > 0 of macs or params, got Budget\(share=0.0"):
         Budget(0.0)
-    with pytest.raises(DataError, match="at least one image"):
-        low_rank(model(), Quantization({}, {}), [images(0, 1)], LowRankConfig())
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="finite damping >= 0"):
+            LowRankConfig(damping=wrong)
+    for batches in ([], [images(0, 1)]):
+        with pytest.raises(DataError, match="at least one image"):
+            low_rank(model(), Quantization({}, {}), batches, LowRankConfig())

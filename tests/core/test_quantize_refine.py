@@ -239,6 +239,20 @@ def test_importance_knows_which_tokens_reach_the_answer():
         token_importance(to_torch(random_model()), [])
 
 
+def test_importance_of_a_single_output_is_not_the_same_for_every_token():
+    """One class leaves a softmax nothing to say; its gradient is 0 everywhere."""
+    table = token_importance(to_torch(random_model(replace(SPEC, num_classes=1))), [images(8)])
+    assert table["blocks.1.fc2"][0] > 4
+    assert torch.allclose(table["blocks.1.fc2"][1:], torch.full((4,), FLOOR))
+
+
+def test_importance_of_an_output_that_is_not_finite_is_refused():
+    damaged = images(4)
+    damaged[1, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="Activations must be finite"):
+        token_importance(to_torch(random_model()), [damaged])
+
+
 def test_importance_covers_every_linear_but_the_classifier():
     table = token_importance(to_torch(random_model()), [images(4)])
     assert {f"{n}.weight" for n in table} >= set(linears(SPEC)) - {"head.weight"}
@@ -287,6 +301,21 @@ def test_refine_beats_rounding_on_images_it_never_saw():
     assert {r.name for r in full.layers} == set(linears(SPEC))
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_image_leaves_the_classifier_whole(copies):
+    """Its pooled features do not vary then, so nothing tells one grid of the classifier from another."""
+    model, one = random_model(), np.repeat(images(1, 1), copies, axis=0)
+    made = refine(model, [one], RefineConfig(QuantizeConfig("w8a8")), {})
+    reach = 127 * made.quantization.weights["head.weight"].scale
+    assert np.allclose(reach, np.abs(model.weights["head.weight"]).max(axis=1))
+    assert error(model, made) < 0.1
+    cut = made.quantization.weights["head.weight"]
+    cut = replace(
+        made.quantization, weights={**made.quantization.weights, "head.weight": replace(cut, scale=0.15 * cut.scale)}
+    )
+    assert error(model, replace(made, quantization=cut)) > 0.1  # the control: a seventh of that
+
+
 def test_refined_weights_lie_on_their_grids_and_the_input_is_untouched():
     model = random_model()
     before = {n: w.copy() for n, w in model.weights.items()}
@@ -308,5 +337,6 @@ def test_refine_refuses_what_it_cannot_do():
     model = random_model()
     with pytest.raises(DataError, match="at least one image"):
         refine(model, [], RefineConfig(), {})
-    with pytest.raises(ConfigError, match=r"dampings must be positive, got \(0.0,\)"):
-        RefineConfig(dampings=(0.0,))
+    for wrong in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=rf"dampings must be positive and finite, got \({wrong},\)"):
+            RefineConfig(dampings=(wrong,))

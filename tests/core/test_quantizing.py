@@ -1,11 +1,14 @@
 """The quantization stage: what it returns to float, what it reads back, and the sensitivity table it decides by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from calibration import data
 from compressor.cache import Cache
+from compressor.errors import ConfigError, DataError
 from compressor.quantize import QuantizeConfig, simulate
 from compressor.quantize.grid import fake_quant, fake_quant_torch
 from compressor.quantize.plan import linears, weight_grid
@@ -67,6 +70,17 @@ def test_the_most_harmful_sites_return_to_float_until_the_classes_stay(quantizer
     assert set(made.refined.quantization.weights) == set(linears(SPEC)) - floats
 
 
+def test_a_model_of_one_class_is_refused_because_no_change_of_it_would_be_seen(quantizer, model):
+    spec = replace(SPEC, num_classes=1)
+    head = {name: model.weights[name][:1] for name in ("head.weight", "head.bias")}
+    one = replace(quantizer, model=model.with_weights(spec, head))
+    with pytest.raises(ConfigError, match="at least two classes, for changes to be counted, got one") as raised:
+        one.quantize(QuantizeConfig("w4a4"), min_agreement=98)
+    assert "fp32" in raised.value.hint
+    assert one.agreement(one.refine(QuantizeConfig("w4a4"))) == 100  # the reason
+    assert quantizer.agreement(quantizer.refine(QuantizeConfig("w4a4"))) < 100
+
+
 @pytest.mark.parametrize("precision", ["w8a8", "w4a32"])
 def test_a_finished_refinement_is_read_back_as_it_was_made(quantizer, precision):
     config = QuantizeConfig(precision, asymmetric=("fc2",))
@@ -106,6 +120,13 @@ def test_sensitivity_of_weights_alone_leaves_the_inputs(quantizer, model):
         rounded = {n: fake_quant(model.weights[n], weight_grid(model.weights[n], 4, group=32)) for n in row.weights}
         p, q = (to_torch(m)(x).double().log_softmax(1) for m in (model, model.with_weights(SPEC, rounded)))
         assert row.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+
+
+def test_sensitivity_of_a_prediction_that_is_not_finite_is_refused(quantizer, model):
+    damaged = quantizer.pixels.copy()
+    damaged[1, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="Activations must be finite"):
+        sensitivity(model, QuantizeConfig("w8a8"), damaged)
 
 
 def test_more_bits_are_less_sensitive_and_the_model_is_left_alone(quantizer, model):

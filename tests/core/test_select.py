@@ -106,6 +106,10 @@ def test_fingerprint_survives_its_file(tmp_path):
         ({"means": [[0.0] * 3] * 2}, "damaged"),
         ({"means": "x"}, "must be a fingerprint file"),
         ({"weights": [float("nan"), 1.0]}, "damaged"),
+        ({"weights": [0.0, 0.0]}, "damaged"),
+        ({"weights": [0.5, 2.0]}, "damaged"),
+        ({"weights": [10**400, 1]}, "must be a fingerprint file, got OverflowError"),
+        ({"images": float("inf")}, "must be a fingerprint file, got OverflowError"),
     ],
 )
 def test_damaged_fingerprints_are_refused(tmp_path, change, message):
@@ -114,6 +118,19 @@ def test_damaged_fingerprints_are_refused(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match=message):
         read_fingerprint(path, MODEL)
+
+
+def test_a_file_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="must be a fingerprint file, got RecursionError"):
+        read_fingerprint(tmp_path / "deep.json", MODEL)
+
+
+def test_a_fingerprint_of_one_image_is_refused():
+    one = pool((1,))[0]
+    with pytest.raises(DataError, match="at least two images, got 1"):
+        fingerprint(one, MODEL, 1, generator())
+    assert fingerprint(pool((2,))[0], MODEL, 1, generator()).images == 2  # the control
 
 
 def test_missing_file_wrong_width_and_too_many_components_are_refused(tmp_path):
