@@ -78,7 +78,7 @@ def _growth(option: str, text: str | None) -> float | None:
     from compressor.options import share
 
     found = share(text)
-    if text is None or found is None or text.endswith("%") or not 1 <= found:
+    if text is None or found is None or text.endswith("%") or not found >= 1:
         return found
     raise ConfigError(
         f"gate: {option} must be a percentage such as 5%, or a share below 1 such as 0.05, got {text!r}.",
