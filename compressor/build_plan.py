@@ -28,7 +28,7 @@ from compressor.output import file_or_folder, write_json
 from compressor.profile import ProfileConfig, interleave
 from compressor.recipe import Recipe
 from compressor.result import Result
-from compressor.types import Array, Artifact, BuildOptions, Model, Precision, latency_ms
+from compressor.types import Array, Artifact, BuildOptions, Model, Precision, Session, latency_ms
 from compressor.verify import check_parity, tolerance
 from targets._artifacts import digest
 
@@ -300,7 +300,7 @@ def _engines(planned: Artifact, home: Path, settings: Mapping[str, str]) -> tupl
 
 def _race(bundle: Bundle, job: BuildJob, engines: list[Artifact]) -> tuple[Candidate, tuple[Candidate, ...], str]:
     golden, expected, name = bundle.golden["inputs"], bundle.golden["reference"], job.target
-    sessions = {e.precision: targets.get(name).open(e, threads=job.threads) for e in engines}
+    sessions: dict[str, Session] = {e.precision: targets.get(name).open(e, threads=job.threads) for e in engines}
     outputs = {
         e.precision: np.concatenate([logits(sessions[e.precision], e, x[None]) for x in golden]) for e in engines
     }
