@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,7 +29,7 @@ from compressor.profile import ProfileConfig, interleave
 from compressor.recipe import Recipe
 from compressor.result import Result
 from compressor.types import Array, Artifact, BuildOptions, Model, Precision, Session, latency_ms
-from compressor.verify import check_parity
+from compressor.verify import check_parity, tolerance
 from targets._artifacts import digest
 
 if TYPE_CHECKING:
@@ -179,17 +178,18 @@ class BuildJob:
         return {"batch": str(self.batch)} | ({"chip": self.chip} if self.chip else {})
 
 
-def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
+def build_bundle(path: Path, job: BuildJob, out: Path | None = None, *, force: bool = False) -> Result:
     """The bundle at `path` with the plans of a target replaced by the fastest engine that agrees, on this device.
 
     Args:
         path: a bundle folder or .zip.
         job: which target, and for what.
         out: the completed bundle; None replaces the one at `path`.
+        force: whether `out` may exist.
 
     Raises:
         BundleError: the bundle holds no plan for the target.
-        ConfigError: the target does not know the chip.
+        ConfigError: the target does not know the chip, or `out` may not be replaced.
         TargetUnavailable: the runtime is not installed here, or refused every precision.
         ParityError: an engine computes something else.
     """
@@ -197,14 +197,12 @@ def build_bundle(path: Path, job: BuildJob, out: Path | None = None) -> Result:
     planned = _plan_of(bundle, path, name)
     require(name)
     goal = out or path
-    with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
+    with file_or_folder(goal, force=force or out is None, zipped=goal.suffix == ".zip") as folder:
         _copy(bundle, folder, bundle.manifest.files.keys() - _files_of(bundle, name))
         home = folder / "targets" / name
         engines, refused = _engines(planned, home, job.settings)
         kept, candidates, reason = _race(bundle, job, engines)
         discard(candidates, kept)
-        for timings in home.glob("*.cache"):  # a builder's, for the builds that followed: of no use in a bundle
-            timings.unlink()
         found = {**_account(name, kept, candidates, reason), "batch": job.batch, "refused": refused}
         write_json(home / "build.json", found)
         _seal(bundle, folder, name, artifact_entry(kept.artifact, folder), kept.golden)
@@ -282,13 +280,14 @@ def _single(planned: Artifact, file: Path, settings: Mapping[str, str]) -> Artif
 
 def _engines(planned: Artifact, home: Path, settings: Mapping[str, str]) -> tuple[list[Artifact], dict[str, str]]:
     """Every precision made an engine, and why not the others: not every device builds, or runs, every precision."""
-    make, made = planner(planned.target), []
+    name = planned.target
+    make, made = planner(name), []
     refusals: dict[str, ConfigError | TargetUnavailable] = {}
     for file in planned.files:
         before = set(home.glob("*"))
         try:
             engine = make.build_engine(_single(planned, file, settings), home)
-            _load_once(engine)
+            targets.get(name).open(engine)  # some leave the last step to the runtime, which then is the one to refuse
             made.append(engine)
         except (ConfigError, TargetUnavailable) as error:
             refusals[file.stem] = error
@@ -299,31 +298,17 @@ def _engines(planned: Artifact, home: Path, settings: Mapping[str, str]) -> tupl
     return made, {precision: str(error) for precision, error in refusals.items()}
 
 
-def _load_once(engine: Artifact) -> None:
-    """Some builders leave the last step to the device's runtime, which then is the one to refuse."""
-    session = targets.get(engine.target).open(engine)
-    if hasattr(session, "close"):
-        session.close()
-
-
 def _race(bundle: Bundle, job: BuildJob, engines: list[Artifact]) -> tuple[Candidate, tuple[Candidate, ...], str]:
     golden, expected, name = bundle.golden["inputs"], bundle.golden["reference"], job.target
-    with ExitStack() as stack:
-        sessions: dict[str, Session] = {}
-        for engine in engines:
-            session = targets.get(name).open(engine, threads=job.threads)
-            if hasattr(session, "close"):
-                stack.callback(session.close)
-            sessions[engine.precision] = session
-        outputs = {
-            e.precision: np.concatenate([logits(sessions[e.precision], e, x[None]) for x in golden]) for e in engines
-        }
-        parities = {
-            e.precision: check_parity(expected, outputs[e.precision], e.precision, f"{name} {e.precision}")
-            for e in engines
-        }
-        feed = {engines[0].inputs[0].name: np.resize(golden, (job.batch, *golden.shape[1:]))}
-        times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
+    sessions: dict[str, Session] = {e.precision: targets.get(name).open(e, threads=job.threads) for e in engines}
+    outputs = {
+        e.precision: np.concatenate([logits(sessions[e.precision], e, x[None]) for x in golden]) for e in engines
+    }
+    parities = {
+        e.precision: check_parity(expected, outputs[e.precision], e.precision, f"{name} {e.precision}") for e in engines
+    }
+    feed = {engines[0].inputs[0].name: np.resize(golden, (job.batch, *golden.shape[1:]))}
+    times = interleave(sessions, feed, ProfileConfig(threads=job.threads, budget_s=RACE_SECONDS * len(sessions)))
     candidates = tuple(
         Candidate(e.precision, e, parities[e.precision], times[e.precision], outputs[e.precision]) for e in engines
     )
@@ -365,8 +350,9 @@ def _account(name: str, kept: Candidate, candidates: tuple[Candidate, ...], reas
 
 
 def _seal(bundle: Bundle, folder: Path, name: str, entry: TargetEntry, golden: Array) -> None:
-    """The golden outputs of the engine beside the others', and a manifest over everything."""
-    arrays: dict[str, Any] = {**bundle.golden, f"outputs.{name}": golden}
+    """The golden outputs of the engine and their tolerance beside the others', and a manifest over everything."""
+    made: dict[str, Any] = {f"outputs.{name}": golden, f"tolerance.{name}": tolerance(golden, entry.precision)}
+    arrays: dict[str, Any] = {**bundle.golden, **made}
     np.savez(folder / "golden.npz", **arrays)
     content = bundle.manifest.model_dump(exclude={"schema_version", "files"})
     content["targets"][name] = entry.model_dump()

@@ -40,6 +40,7 @@ def build(
     device: Annotated[
         str, typer.Option(help="Where to build: local, ssh://user@host[:port], adb://SERIAL, or a named device.")
     ] = "local",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
 ) -> Result:
     """Complete a bundle's build plan on the device: make the engines, prove and race them, seal the fastest."""
     from compressor.build_plan import BuildJob, build_bundle, check_bundle
@@ -52,7 +53,7 @@ def build(
         return check_bundle(bundle, target, chip)
     job = BuildJob(target, chip, batch, threads)
     if where is None:
-        return build_bundle(bundle, job, out)
+        return build_bundle(bundle, job, out, force=force)
     from compressor.remote import build_on
 
-    return build_on(where, bundle, job, out, console.note)
+    return build_on(where, bundle, job, out, console.note, force=force)

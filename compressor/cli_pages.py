@@ -43,11 +43,15 @@ def report(
     ] = None,
     history: Annotated[Path | None, typer.Option(help="Folder of `vitrim gate --history`, to plot instead.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the page (default: beside what it is of).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
 ) -> Result:
     """Write a bundle's report, or the trend of a gate's history, as one HTML page that needs no network."""
     from compressor.errors import ConfigError
     from compressor.inference import write_history, write_report
+    from compressor.output import check_file
 
+    if out is not None:
+        check_file(out, force=force)
     if history is not None and bundle is None:
         path = write_history(history, out)
     elif bundle is not None and history is None:

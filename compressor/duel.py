@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from math import exp, log
 from random import Random
 from statistics import median
 from typing import Any
@@ -75,8 +76,8 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """Median over turns of candidate / baseline."""
-        return median(c / b for c, b in zip(self.candidate_ns, self.baseline_ns, strict=True))
+        """exp of the median over turns of log(candidate / baseline): swapping the names gives its reciprocal."""
+        return exp(median(log(c / b) for c, b in zip(self.candidate_ns, self.baseline_ns, strict=True)))
 
 
 @dataclass(frozen=True)

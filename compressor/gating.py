@@ -14,11 +14,12 @@ from compressor.bundle import Bundle
 from compressor.compiled import is_simulated
 from compressor.device import fingerprint
 from compressor.duel import Contender, DuelConfig, duel, profile_fresh, silent
-from compressor.errors import ConfigError, DataError
+from compressor.errors import BundleError, ConfigError, DataError
 from compressor.gate import GateConfig, conclude_stored, output
 from compressor.gate.output import GateResult
 from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
 from compressor.history import append, read, trend
+from compressor.output import write_text
 from compressor.profile import ProfileConfig
 from compressor.profile_json import from_json
 from compressor.types import Profile, Progress
@@ -99,9 +100,9 @@ def publish(
         append(history, data)
         data["history"] = trend(history, data)
     if junit is not None:
-        junit.write_text(output.junit(result, str(candidate)), encoding="utf-8")
+        write_text(junit, output.junit(result, str(candidate)))
     if markdown is not None:
-        markdown.write_text(output.markdown(result, str(candidate), str(baseline)), encoding="utf-8")
+        write_text(markdown, output.markdown(result, str(candidate), str(baseline)))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(output.github(result)), file=sys.stderr)
     return data
@@ -114,7 +115,9 @@ def gate_bundles(
 
     Raises:
         BundleError: a bundle is damaged, or lacks the report that a rule needs.
+        DataError: that report is damaged.
         ConfigError: a bundle does not hold the target, or only its simulator is here.
+        TargetUnavailable: the target cannot run here.
     """
     bundles = {"candidate": Bundle.open(candidate), "baseline": Bundle.open(baseline)}
     target = options.target or bundles["candidate"].default_target
@@ -124,14 +127,14 @@ def gate_bundles(
             hint="A simulator's speed says nothing about the chip; compare the estimates of `vitrim profile`.",
         )
     sides = {name: _contender(bundle, target, options) for name, bundle in bundles.items()}
-    timing = replace(options.duel, threads=options.threads)
-    fought = duel(sides["candidate"], sides["baseline"], options.gate, timing, progress)
     findings: tuple[Finding, ...] = ()
-    if options.rules != RuleConfig():
+    if options.rules != RuleConfig():  # before the minutes of the duel: what they need may be missing
         facts = {name: _facts(bundle, target, sides[name], options) for name, bundle in bundles.items()}
         findings = check(facts["baseline"], facts["candidate"], options.rules)
+    timing = replace(options.duel, threads=options.threads)
+    fought = duel(sides["candidate"], sides["baseline"], options.gate, timing, progress)
     ratios = [[pair.ratio for pair in run] for run in fought.runs]
-    setting = _setting(target, options)
+    setting = {**_setting(target, options), "seed": options.gate.seed}
     return GateResult(fought.verdict, fingerprint(), findings, fought.p50_ms(), ratios, fought.seconds, setting)
 
 
@@ -151,21 +154,22 @@ def gate_stored(candidate: str | Path, stored: str | Path, options: GateOptions)
     before = _stored(Path(stored))
     bundle = Bundle.open(candidate)
     target = options.target or before.target or bundle.default_target
-    contender = _contender(bundle, target, options)
-    now = profile_fresh(contender, ProfileConfig(threads=options.threads, target=target))
-    for name in ("target", "threads", "batch"):
-        if getattr(before, name) != getattr(now, name):
+    contender, setting, device = _contender(bundle, target, options), _setting(target, options), fingerprint()["id"]
+    for name, value in setting.items():
+        if getattr(before, name) != value:
             raise ConfigError(
-                f"gate: {name} must be that of the stored profile, {getattr(before, name)!r}, got {getattr(now, name)!r}."
+                f"gate: {name} must be that of the stored profile, {getattr(before, name)!r}, got {value!r}.",
+                hint=f"Give --{name} {getattr(before, name)}.",
             )
-    if before.device.get("id") != now.device["id"] and not options.cross_device:
+    if before.device.get("id") != device and not options.cross_device:
         raise ConfigError(
-            f"gate: the stored profile must be of this device, {now.device['id']}, got {before.device.get('id', 'unknown')!r}.",
+            f"gate: the stored profile must be of this device, {device}, got {before.device.get('id', 'unknown')!r}.",
             hint="Measure the baseline bundle here, or allow it with --cross-device.",
         )
+    now = profile_fresh(contender, ProfileConfig(threads=options.threads, target=target))
     verdict = conclude_stored(before, now, options.gate)
     medians = {"candidate": now.latency_ms()["p50"], "baseline": before.latency_ms()["p50"]}
-    return GateResult(verdict, now.device, (), medians, setting=_setting(target, options))
+    return GateResult(verdict, now.device, (), medians, setting=setting)
 
 
 def _contender(bundle: Bundle, target: str, options: GateOptions) -> Contender:
@@ -182,10 +186,14 @@ def _setting(target: str, options: GateOptions) -> dict[str, Any]:
 def _facts(bundle: Bundle, target: str, contender: Contender, options: GateOptions) -> Facts:
     path = bundle.root / "report.json"
     if "report.json" not in bundle.manifest.files:
-        raise ConfigError(
+        raise BundleError(
             f"{bundle.root}: a bundle must hold report.json for these rules.", hint="Gate on latency only."
         )
-    facts = facts_of(json.loads(path.read_text(encoding="utf-8")), target)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: must be JSON, got {error}.", hint="Make the bundle again.") from None
+    facts = facts_of(report, target, bundle.artifact(target).size_bytes)
     if options.rules.max_memory_growth is None:
         return facts
     quick = ProfileConfig(runs=10, threads=options.threads)

@@ -33,8 +33,8 @@ def append(folder: Path, entry: Mapping[str, Any]) -> Path:
     """Add `entry` as one line to the history in `folder`, made if needed; the file written."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    with path.open("a", encoding="utf-8") as f:  # One write of one line: appends of parallel jobs do not mix
-        f.write(json.dumps(entry, sort_keys=True) + "\n")
+    with path.open("ab", buffering=0) as f:  # One write of one line: appends of parallel jobs do not mix
+        f.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
     return path
 
 
@@ -42,14 +42,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Every entry, oldest first; none when there is no history yet.
 
     Raises:
-        DataError: a line is not a JSON object.
+        DataError: a line is not a JSON object, or not UTF-8.
     """
     path = folder / FILE
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(
                 f"{path}: line {number} must be a JSON object, got {error}.", hint="Remove the line."
             ) from None

@@ -13,10 +13,15 @@ from typing import Any
 
 from compressor.errors import ConfigError
 
-__all__ = ["file_or_folder", "folder_output", "write_json", "write_text", "zip_folder"]
+__all__ = ["check_file", "file_or_folder", "folder_output", "write_json", "write_text", "zip_folder"]
 
 
-def _check(out: Path, *, force: bool) -> None:
+def _check(out: Path, *, force: bool, zipped: bool = False) -> None:
+    if zipped and out.is_dir():
+        raise ConfigError(
+            f"{out}: a bundle as one .zip file must not take the place of a folder.",
+            hint=f"Choose another --out, for example {out}.zip.",
+        )
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not force:
         raise ConfigError(
@@ -31,9 +36,28 @@ def _check(out: Path, *, force: bool) -> None:
         raise ConfigError(
             f"{out}: --force replaces bundles only, got a folder without manifest.json.", hint="Choose another --out."
         )
+    _check_parent(out)
+
+
+def _check_parent(out: Path) -> None:
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{out}: the folder {parent} must exist.", hint="Create it first.")
+
+
+def check_file(out: Path, *, force: bool) -> None:
+    """Refuse `out` as the one file that a command writes.
+
+    Raises:
+        ConfigError: it is a folder, lies in none, or is a file with content, without `force`.
+    """
+    if out.is_dir():
+        raise ConfigError(f"{out}: output must be a file, got a folder.", hint="Choose another --out.")
+    if out.is_file() and out.stat().st_size > 0 and not force:
+        raise ConfigError(
+            f"{out}: output must not exist yet.", hint="Choose another --out, or add --force to replace it."
+        )
+    _check_parent(out)
 
 
 @contextmanager
@@ -60,12 +84,16 @@ def folder_output(out: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def file_or_folder(out: Path, *, force: bool, zipped: bool) -> Iterator[Path]:
-    """A folder to fill that becomes `out`: as it is, or as one .zip file."""
+    """A folder to fill that becomes `out`: as it is, or as one .zip file.
+
+    Raises:
+        ConfigError: as `folder_output` does; or one file would replace a folder.
+    """
     if not zipped:
         with folder_output(out, force=force) as folder:
             yield folder
         return
-    _check(out, force=force)
+    _check(out, force=force, zipped=True)
     with tempfile.TemporaryDirectory(prefix="vitrim-") as work:
         yield Path(work)
         zip_folder(Path(work), out)
@@ -92,7 +120,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`text` at `path`, complete or not at all; returns `path`."""
+    """`text` at `path`, complete or not at all; returns `path`. A pipe or a terminal is written to as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return path
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ __all__ = ["measure_peaks", "parts"]
 
 # One wide block, every row computed: its MLP is two large products of the shapes a ViT-Base has.
 SPEC = VitSpec((224, 224), (16, 16), 3, 768, (BlockSpec(1, 8, 8, 3072),), prefix_tokens=0, pool="avg", num_classes=2)
-RECORDED: dict[Precision, str] = {"fp32": "fp32", "bf16": "bf16", "w8a8": "int8"}
+MEASURED: tuple[Precision, ...] = ("fp32", "bf16", "w8a8")
 PROFILES = 3
 
 
@@ -34,7 +34,7 @@ def measure_peaks(target: str, precision: Precision, threads: int) -> Peaks:
     """
     rates: dict[str, float] = {}
     for wanted in dict.fromkeys((precision, "fp32")):
-        if wanted in RECORDED and wanted in targets.get(target).CAPABILITIES.precisions:
+        if wanted in MEASURED and wanted in targets.get(target).CAPABILITIES.precisions:
             for recorded, rate in _rates(target, wanted, threads).items():
                 rates[recorded] = max(rate, rates.get(recorded, 0.0))
     return Peaks(rates, copy_bytes_per_s())

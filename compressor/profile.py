@@ -1,4 +1,4 @@
-"""Latency of sessions. The only file that reads a clock.
+"""Latency of sessions. The only file of `compressor` that reads a clock.
 
 Raw samples are kept in the order they were taken; none is discarded without a count. Two sessions are compared only
 through `interleave`, which alternates them so that whatever slows the machine slows both.

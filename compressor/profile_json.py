@@ -67,7 +67,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
             conditions=dict(data.get("conditions", {})),
             yardstick_ns=_times(data["yardstick_ns"]) if data.get("yardstick_ns") else (),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"Stored profile must be the object 'vitrim profile --json' prints: {what}.") from error
 

@@ -351,24 +351,28 @@ def verify_on(device: Device, path: Path, target: str | None, signers: Path | No
     return verified(path, len(bundle.manifest.files), checks, signature)
 
 
-def build_on(device: Device, path: Path, job: BuildJob, out: Path | None, note: Note) -> Result:
+def build_on(device: Device, path: Path, job: BuildJob, out: Path | None, note: Note, *, force: bool = False) -> Result:
     """`build_plan.build_bundle` on `device`: the completed bundle is brought back to `out`, by default in place.
 
     Raises:
         BundleError: what came back is not a bundle, or differs in more than that target.
+        ConfigError: `out` may not be replaced.
         ParityError: its outputs are not those of the model.
         TargetUnavailable: see `Remote`.
     """
     bundle, goal = Bundle.open(path), out or path
     bundle.artifact(job.target)
-    with Remote(device, note) as there, tempfile.TemporaryDirectory(prefix="vitrim-") as work:
+    with (
+        file_or_folder(goal, force=force or out is None, zipped=goal.suffix == ".zip") as folder,  # refused first
+        Remote(device, note) as there,
+        tempfile.TemporaryDirectory(prefix="vitrim-") as work,
+    ):
         answer = there.run(_contents(bundle), "build", asdict(job))
         found = replies.built(answer, {"target": (job.target,)})
         archive = Path(work) / BUILT
         there.fetch(str(BUILT), archive)
         complete = Bundle.open(archive)  # Every path and hash checked
-        with file_or_folder(goal, force=out is None, zipped=goal.suffix == ".zip") as folder:
-            adopt(bundle, complete, job.target, folder)
+        adopt(bundle, complete, job.target, folder)
     return built(goal, found)
 
 

@@ -5,8 +5,9 @@
     < @vitrim {"result": {...}}                      or {"error": {"code", "message", "hint"}}
 
 What the job is about was sent into the current folder, a bundle as ``bundle``. Input stays open while somebody waits for
-the answer: when it ends, the connection was cut or the user has gone, and this process and its children end at once, so
-that nothing is left running.
+the answer: when it ends, the connection was cut or the user has gone, and this process and its children end at once. A
+vendor tool's worker, which leads a session of its own, sees its input end with us and ends too (`targets._venv_worker`): what
+it leaves in TMPDIR goes with the job's folder, which the one who asked removes.
 """
 
 from __future__ import annotations

@@ -65,9 +65,8 @@ def transport(url: str) -> Transport:
     except ValueError as error:
         raise _refused(url, f"a valid URL ({error})") from None
     if password is not None:
-        shown = url.replace(f":{password}@", ":...@")
         raise ConfigError(
-            f"device must be reached without a password in its URL, got {shown!r}.",
+            f"device must be reached without a password in its URL, got {_masked(url)!r}.",
             hint="Install a key instead: ssh-copy-id user@host",
         )
     if parts.scheme not in SCHEMES or parts.path or parts.query or parts.fragment:
@@ -76,7 +75,9 @@ def transport(url: str) -> Transport:
 
 
 def _ssh(url: str, parts: SplitResult) -> Transport:
-    host, user = parts.hostname or "", parts.username
+    name, user = parts.netloc.rpartition("@")[2], parts.username
+    # Not parts.hostname, which is in lower case: a Host of ssh_config may not be
+    host = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
     try:
         port = parts.port
     except ValueError:
@@ -111,4 +112,12 @@ SCHEMES: Mapping[str, Callable[[str, SplitResult], Transport]] = {"adb": _adb, "
 
 
 def _refused(url: str, rule: str) -> ConfigError:
-    return ConfigError(f"device must be {rule}, got {url!r}.", hint="For example: ssh://pi@192.168.1.20")
+    return ConfigError(f"device must be {rule}, got {_masked(url)!r}.", hint="For example: ssh://pi@192.168.1.20")
+
+
+def _masked(url: str) -> str:
+    """`url`, well-formed or not, without what may be a password: it is shown, and kept in logs."""
+    account, at, host = url.rpartition("@")
+    scheme, slashes, names = account.rpartition("://")
+    user, colon, _ = names.partition(":")
+    return f"{scheme}{slashes}{user}:...@{host}" if at and colon else url

@@ -42,6 +42,7 @@ __all__ = ["Limits", "Recipe", "Worker", "availability", "folder", "install"]
 MARKER = "vitrim.json"  # written last: an environment without it is unfinished
 HOST = Path(__file__).with_name("_venv_worker.py")
 INSTALL_SECONDS = 3600
+QUOTED = 3  # lines of a log that does not stay
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class Worker:
     Args:
         recipe: of the environment.
         script: file of plain functions, run by the environment's interpreter.
-        log: receives everything the vendor's tool prints; appended to. None: one that ends with the worker.
+        log: receives everything the vendor's tool prints; appended to. None: one that ends with the worker, and whose last
+            lines an error quotes.
         limits: seconds per call, memory of the process.
         known: fragment of the log -> what it means and what to do, for failures that have been understood.
 
@@ -202,7 +204,7 @@ class Worker:
             )
         self._recipe, self._limits, self._known = recipe, limits or Limits(), known or {}
         self._scratch = Path(tempfile.mkdtemp(prefix="vitrim-"))
-        self.log = log or self._scratch / "log"
+        self.log, self._log_stays = log or self._scratch / "log", log is not None
         python = _python(recipe)
         command = [str(python), "-I", str(HOST), str(script), str(self._limits.memory_bytes)]
         path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -274,7 +276,7 @@ class Worker:
         hints = [hint for fragment, hint in self._known.items() if fragment in text or fragment in what]
         return TargetUnavailable(
             f"{self._recipe.package}: {name!r} must succeed, got {what}.",
-            hint=f"{' '.join(hints)} Its log is {self.log}.".strip(),
+            hint=" ".join([*hints, f"Its log is {self.log}." if self._log_stays else _last_words(text)]),
         )
 
     def close(self) -> None:
@@ -304,6 +306,13 @@ def _end(process: subprocess.Popen[bytes], scratch: Path) -> None:
             if stream is not None:
                 stream.close()
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _last_words(text: str) -> str:
+    """The last lines of a log, without the traceback, whose last line is the error itself."""
+    said = text.rpartition("Traceback (most recent call last):")[0].strip() or text.strip()
+    lines = [line.strip() for line in said.splitlines()[-QUOTED:]]
+    return f"Its last words: {' / '.join(lines)}" if lines else "It said nothing else."
 
 
 def _how(code: int) -> str:

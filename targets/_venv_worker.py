@@ -6,6 +6,7 @@
     < {"error": "ValueError: ..."}
 
 What the vendor's tool prints goes to stderr, which is the log. Python 3.10 or newer and NumPy; vitrim is not importable here.
+When the process that started it ends, however it ends, this one and what its tool has started end at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import importlib.util
 import json
 import os
 import resource
+import select
+import signal
 import sys
 import traceback
 from typing import Any
@@ -23,6 +26,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Serve calls from stdin until it ends."""
+    _watch_stdin()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     limit = int(sys.argv[2])
@@ -36,12 +40,29 @@ def main() -> None:
         try:
             answer = answered(worker, json.loads(line))
         except (Exception, SystemExit) as error:  # noqa: BLE001 whatever a vendor's tool raises is an answer
+            sys.stdout.flush()  # what the tool said comes before what it ended with
             traceback.print_exc()
             text = str(error).strip().splitlines()
             answer = {"error": f"{type(error).__name__}: {text[-1] if text else ''}"}
         sys.stdout.flush()
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
+
+
+def _watch_stdin() -> None:
+    """End this process group when nobody can write to stdin any more: a fork waits for it.
+
+    Not a thread, since a tool may hold the interpreter's lock for minutes; not PR_SET_PDEATHSIG, which is sent when the thread
+    that started us ends, as that of one request to a server does.
+    """
+    if os.fork():
+        return
+    os.close(1)  # whose end tells that the worker has died
+    os.close(2)
+    waiting = select.poll()
+    waiting.register(0, 0)  # hang-up alone: what comes in is the worker's to read
+    waiting.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def answered(worker: Any, request: Any) -> dict[str, Any]:

@@ -56,6 +56,8 @@ SCALES = np.array([10.0, 30.0, 100.0, 300.0])  # b, per unit of log ratio: noise
 FEWEST_FOR_NOISE = 5  # pairs from which the noise is estimated
 RESAMPLES = 100
 POWER = 0.8
+LARGEST_EFFECT = 2.0  # log ratio; noise that hides this hides everything
+TOO_CLOSE = "too noisy or too close to the limit."
 Runs = Sequence[Sequence[float]]
 
 
@@ -67,7 +69,8 @@ class GateConfig:
         max_regression: slow-down that is still allowed, 0.05 = 5 %.
         confidence: 1 - the probability of each wrong decision.
         max_pairs: most process pairs, of the first run and of the confirmation each.
-        seed: of the coins and of the resampling behind the minimum detectable effect.
+        seed: of the coins and of the resampling behind the minimum detectable effect; ``vitrim gate`` draws a new one
+            for every run.
     """
 
     max_regression: float = 0.05
@@ -76,8 +79,8 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.max_regression > -1:
-            raise ConfigError(f"GateConfig.max_regression must be above -1, got {self.max_regression}.")
+        if not -1 < self.max_regression < math.inf:
+            raise ConfigError(f"GateConfig.max_regression must be finite and above -1, got {self.max_regression}.")
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(f"GateConfig.confidence must be in [0.5, 1), got {self.confidence}.")
         # Below, even perfect agreement decides nothing
@@ -101,7 +104,8 @@ class GateVerdict(Verdict):
         ratio: candidate time / baseline time.
         ratio_ci: lower and upper bound, each holding with the confidence asked for.
         limit: largest allowed ratio.
-        min_detectable: smallest true ratio found 4 times out of 5 with this noise and the pairs allowed.
+        min_detectable: smallest true ratio found 4 times out of 5 with this noise and the pairs allowed, or with the
+            pairs measured where the time ended first; infinity where those find none.
         pairs: process pairs measured, confirmation included.
         confirmed: whether a second, independent run failed too.
     """
@@ -130,7 +134,8 @@ def next_step(runs: Runs, config: GateConfig) -> Literal["measure", "confirm", "
 
 
 def conclude(runs: Runs, config: GateConfig) -> GateVerdict:
-    """The verdict on the pairs in `runs`; inconclusive where more pairs would be needed.
+    """The verdict on the pairs in `runs`; inconclusive where more pairs would be needed, saying so where the time for
+    them ended before the gate was done.
 
     Args:
         runs: as for `next_step`.
@@ -143,10 +148,10 @@ def conclude(runs: Runs, config: GateConfig) -> GateVerdict:
     if len(y) == 0:
         raise ConfigError("conclude: runs must hold at least one pair, got none.")
     verdict, ratio, ci = _decision(runs, config), math.exp(float(np.median(y))), bounds(runs, config.confidence)
-    found = GateVerdict(
-        verdict, "", ratio, ci, config.limit, _min_detectable(y, config), len(y), len(runs) == 2 and verdict == "fail"
-    )
-    return GateVerdict(**{**vars(found), "sentence": _sentence(found, config, len(runs))})
+    cut = next_step(runs, config) in ("measure", "confirm")
+    able = _min_detectable(y, config, len(y) if cut else 2 * config.max_pairs)
+    found = GateVerdict(verdict, "", ratio, ci, config.limit, able, len(y), len(runs) == 2 and verdict == "fail")
+    return GateVerdict(**{**vars(found), "sentence": _sentence(found, config, _doubt(runs, config, able, cut=cut))})
 
 
 def log_evidence(ratios: Sequence[float], limit: float) -> float:
@@ -190,12 +195,13 @@ def conclude_stored(baseline: Profile, candidate: Profile, config: GateConfig) -
     else:
         drift = abs(math.log(float(np.median(candidate.yardstick_ns) / np.median(baseline.yardstick_ns))))
     slack = math.exp(drift)
-    low, high = max(0.0, c_low / b_high / slack) if math.isfinite(slack) else 0.0, c_high / max(b_low, 1.0) * slack
+    low = max(0.0, c_low / b_high / slack) if math.isfinite(slack) else 0.0
+    high = c_high / b_low * slack if b_low > 0 else math.inf  # the samples are too few for a bound
     if low > config.limit:
         verdict: Literal["pass", "fail", "inconclusive"] = "fail"
     else:
         verdict = "pass" if high <= config.limit else "inconclusive"
-    detectable = config.limit * (high / ratio if math.isfinite(high) else math.inf) * slack
+    detectable = config.limit * high / ratio * slack
     told = (
         f"the machine itself has drifted by {100 * (slack - 1):.1f} % since"
         if math.isfinite(drift)
@@ -203,7 +209,7 @@ def conclude_stored(baseline: Profile, candidate: Profile, config: GateConfig) -
     )
     found = GateVerdict(verdict, "", ratio, (low, high), config.limit, detectable, 0)
     extra = f" Against a stored profile, unpaired ({told}); give the baseline bundle for a side-by-side test."
-    return GateVerdict(**{**vars(found), "sentence": _sentence(found, config, 1) + extra})
+    return GateVerdict(**{**vars(found), "sentence": _sentence(found, config, TOO_CLOSE + _able(detectable)) + extra})
 
 
 # --------------------------------------------------------------------------- inside
@@ -246,34 +252,49 @@ def _last_true(holds: Callable[[float], bool], low: float, high: float) -> float
     return low
 
 
-def _min_detectable(y: Array, config: GateConfig) -> float:
-    """Smallest true ratio found with probability `POWER` in both runs, noise resampled from the residuals of the pairs."""
+def _min_detectable(y: Array, config: GateConfig, pairs: int) -> float:
+    """Smallest true ratio found with probability `POWER` in both runs, of `pairs` pairs together.
+
+    Noise is resampled from the residuals of the pairs.
+    """
     if len(y) < FEWEST_FOR_NOISE:
         return math.inf
     residuals, rng = y - np.median(y), np.random.default_rng(config.seed)
-    noise = rng.choice(residuals, size=(RESAMPLES, 2, config.max_pairs))
+    noise = rng.choice(residuals, size=(RESAMPLES, 2, min(pairs, config.max_pairs)))
     need = math.log(1 / (1 - config.confidence)) / 2
 
     def missed(effect: float) -> bool:
-        return float((_running(noise + effect).max(axis=-1) >= need).all(axis=-1).mean()) < POWER
+        seen = _running(noise + effect) >= need
+        took = np.where(seen.any(axis=-1), seen.argmax(axis=-1) + 1, pairs + 1)  # pairs until a run has seen it
+        return float((took.sum(axis=-1) <= pairs).mean()) < POWER
 
-    found = _last_true(missed, 0.0, 2.0)
+    if missed(LARGEST_EFFECT):
+        return math.inf
+    found = _last_true(missed, 0.0, LARGEST_EFFECT)
     return config.limit * math.exp(found if found is not None else 0.0)
 
 
-def _sentence(found: GateVerdict, config: GateConfig, runs: int) -> str:
-    low, high = (f"{value:.3f}" if math.isfinite(value) else "unknown" for value in found.ratio_ci)
+def _doubt(runs: Runs, config: GateConfig, able: float, *, cut: bool) -> str:
+    """Why the pairs in `runs` decide nothing, where they do not; `cut`: more of them were allowed."""
+    if not cut:
+        unconfirmed = "a first run saw a slow-down that the second did not confirm."
+        return (unconfirmed if len(runs) == 2 else TOO_CLOSE) + _able(able)
+    seen = len(runs) == 2 or _slower(runs[0], config)
+    why = "a first run saw a slow-down; the time ended before a second could confirm it"
+    return f"{why if seen else 'the time ended before the pairs could decide'}. Allow more with --budget."
+
+
+def _able(ratio: float) -> str:
+    """What the test could have seen, nothing where that is not known."""
+    return f" A slow-down of {100 * (ratio - 1):.1f} % or more would have been found." if math.isfinite(ratio) else ""
+
+
+def _sentence(found: GateVerdict, config: GateConfig, doubt: str) -> str:
+    low, high = (f"{value:.3f}" if math.isfinite(value) and value > 0 else "unknown" for value in found.ratio_ci)
     took = f"{found.ratio:.3f}x the baseline's time ({100 * config.confidence:g} % bounds {low} to {high})"
-    limit = f"the limit of {config.limit:.3f}x"
     if found.verdict == "fail":
-        text = f"Slower: the candidate takes {took}, beyond {limit}"
+        text = f"Slower: the candidate takes {took}, beyond the limit of {found.limit:.3f}x"
         return f"{text}, confirmed by a second run." if found.confirmed else f"{text}."
     if found.verdict == "pass":
         return f"Within the limit: the candidate takes {took}; the limit is {found.limit:.3f}x."
-    why = (
-        "a first run saw a slow-down that the second did not confirm"
-        if runs == 2
-        else f"too noisy or too close to {limit}"
-    )
-    able = f"{100 * (found.min_detectable - 1):.1f} %" if math.isfinite(found.min_detectable) else "an unknown amount"
-    return f"Inconclusive: the candidate takes {took}; {why}. A slow-down of {able} or more would have been found."
+    return f"Inconclusive: the candidate takes {took}, the limit is {found.limit:.3f}x; {doubt}"

@@ -29,7 +29,7 @@ class GateResult:
         p50_ms: median latency, ``candidate`` and ``baseline``.
         ratios: candidate / baseline of every pair, one list per run.
         seconds: how long it took.
-        setting: ``target``, ``threads`` and ``batch`` of both sides.
+        setting: ``target``, ``threads`` and ``batch`` of both sides; the ``seed`` of the coins where there were any.
     """
 
     latency: GateVerdict
@@ -115,7 +115,7 @@ def markdown(result: GateResult, candidate: str, baseline: str) -> str:
         f"Ratio {latency.ratio:.3f} ({low} to {high}), limit {latency.limit:.3f}; "
         f"{latency.pairs} process pairs in {result.seconds:.0f} s.",
     ]
-    if math.isfinite(latency.min_detectable):
+    if math.isfinite(latency.min_detectable) and latency.verdict != "inconclusive":  # whose sentence says it where true
         lines.append(f"On this machine a slow-down of {100 * (latency.min_detectable - 1):.1f} % or more is found.")
     lines += (
         ["", *(f"- {SYMBOLS[f.verdict]} **{f.rule}**: {_cell(f.sentence)}" for f in result.findings)]

@@ -10,7 +10,25 @@ from compressor.errors import ConfigError, DataError
 from compressor.roofline import SILENT
 from compressor.types import OpRecord
 
-__all__ = ["Facts", "Finding", "RuleConfig", "check", "facts_of"]
+__all__ = ["Facts", "Finding", "Images", "RuleConfig", "check", "facts_of"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an accuracy is of: "evaluation" or "calibration" images, how many, and their digest where it is known."""
+
+    kind: str
+    count: int
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.kind} images"
+
+    def may_be(self, other: Images) -> bool:
+        """Whether nothing tells these images from `other`."""
+        known = None not in (self.sha256, other.sha256)
+        same = (self.kind, self.count) == (other.kind, other.count)
+        return same and (self.sha256 == other.sha256 or not known)
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class Facts:
         top1: percent, on the bundle's evaluation images.
         top1_ci: its 95 % interval.
         agreement: percent of images with the original model's class.
+        images: that these accuracies are of.
         ops: nodes as executed.
     """
 
@@ -28,6 +47,7 @@ class Facts:
     top1: float | None = None
     top1_ci: tuple[float, float] | None = None
     agreement: float | None = None
+    images: Images | None = None
     peak_rss_bytes: int | None = None
     ops: tuple[OpRecord, ...] = ()
 
@@ -68,28 +88,33 @@ class Finding:
     sentence: str
 
 
-def facts_of(report: Mapping[str, Any], target: str) -> Facts:
-    """The facts in a bundle's report.json about `target`.
+def facts_of(report: Mapping[str, Any], target: str, size_bytes: int) -> Facts:
+    """The facts in a bundle's report.json about `target`; of one that was not run when the bundle was made, only its size.
+
+    Args:
+        report: the parsed report.json.
+        target: of the bundle.
+        size_bytes: of its artifact.
 
     Raises:
-        DataError: the report does not hold that target, or is not one.
+        DataError: the report is not one.
     """
     try:
-        entry = next(t for t in report["targets"] if t["name"] == target)
-        accuracy = entry.get("accuracy") or report["compressed"]
-        interval = accuracy.get("top1_ci95")
+        entry = next((t for t in report["targets"] if t["name"] == target), None)
+        if entry is None:  # completed later, by `vitrim build`
+            return Facts(size_bytes)
+        accuracy, total = entry.get("accuracy") or report["compressed"], report["compressed"]
+        interval, kind = accuracy.get("top1_ci95"), str(total["evaluated_on"])
+        digest = report.get("provenance", {}).get(kind, {}).get("sha256")
         ops = entry.get("ops") or report.get("ops", {}).get(target, [])
         return Facts(
-            size_bytes=int(entry["size_bytes"]),
+            size_bytes,
             top1=accuracy.get("top1"),
             top1_ci=None if interval is None else (float(interval[0]), float(interval[1])),
             agreement=accuracy.get("agreement"),
+            images=Images(kind, int(accuracy["n"]), digest),
             ops=tuple(OpRecord(**{k: v for k, v in op.items() if k in OpRecord.__annotations__}) for op in ops),
         )
-    except StopIteration:
-        raise DataError(
-            f"report.json must hold target {target!r}, it does not.", hint="Compress for that target too."
-        ) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"report.json must be what `vitrim compress` writes, got {error!r}.") from error
 
@@ -112,10 +137,13 @@ def accuracy_drop(baseline: Facts, candidate: Facts, limit: float | None) -> Fin
         return None
     name = "top1" if baseline.top1 is not None and candidate.top1 is not None else "agreement"
     before, after = getattr(baseline, name), getattr(candidate, name)
-    if before is None or after is None:
-        return Finding(
-            "accuracy", "inconclusive", "Accuracy cannot be compared: a bundle holds neither top-1 nor agreement."
-        )
+    old, new = baseline.images, candidate.images
+    if before is None or after is None or old is None or new is None:
+        why = "a bundle holds neither top-1 nor agreement of this target; engines that `vitrim build` made have none"
+        return Finding("accuracy", "inconclusive", f"Accuracy cannot be compared: {why}.")
+    if not new.may_be(old):
+        why = f"the baseline's is of {old}, the candidate's of {'others' if str(new) == str(old) else new}"
+        return Finding("accuracy", "inconclusive", f"Accuracy cannot be compared: {why}.")
     if before - after <= limit:
         return None
     interval = ""

@@ -12,10 +12,13 @@ from compressor import build_plan, checkpoint
 from compressor.build_plan import BuildJob
 from compressor.bundle import Bundle
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.inventory import Device
 from compressor.manifest import artifact_entry, seal
 from compressor.profile import interleave
 from compressor.quantize.refine import Refined
+from compressor.remote import build_on
 from compressor.types import Session
+from compressor.verify import tolerance
 from tests.targets.networks import PLAIN, grids, model, pixels, pruned
 
 PLUGIN = '''
@@ -36,7 +39,6 @@ def build_engine(artifact, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{artifact.path.stem}.engine"
     shutil.copy(artifact.path, path)
-    (out_dir / "timings.cache").write_text("what the builder measured, for the next engine")
     late = {"late": "yes"} if artifact.settings["chip"] == f"late {artifact.precision}" else {}
     return replace(artifact, path=path, files=(path,), settings={"stage": "engine", **late})
 
@@ -105,6 +107,7 @@ def test_engine_is_built_proven_raced_and_sealed(tmp_path):
         [f"{kept.precision}.engine", "build.json"]
     )
     assert built.check("planned")["passed"]
+    assert built.golden["tolerance.planned"] == tolerance(built.golden["outputs.planned"], kept.precision)
     stored = json.loads((tmp_path / "built" / "targets" / "planned" / "build.json").read_text())
     assert [row["precision"] for row in stored["candidates"]] == ["fp32", "fp16", "w8a8"]
     fastest = min(stored["candidates"], key=lambda row: row["latency_ms"]["p50"])["latency_ms"]["p50"]
@@ -170,6 +173,27 @@ def test_bundle_is_replaced_in_place_without_out(tmp_path):
     assert Bundle.open(plan).artifact("planned").settings == {"stage": "engine"}
     with pytest.raises(BundleError, match="build plan"):  # nothing is left to build
         build_plan.build_bundle(plan, BuildJob("planned"))
+
+
+def test_an_existing_out_is_refused_before_anything_is_built_or_sent(tmp_path, monkeypatch):
+    """There is no such device: had `build_on` looked for it first, it would be the one that is not available."""
+    plan, out = bundle(tmp_path / "plan"), bundle(tmp_path / "out")
+    monkeypatch.setattr(build_plan, "_engines", lambda *_: pytest.fail("an engine was built"))
+    device = Device(url="ssh://nowhere.invalid")
+    with pytest.raises(ConfigError, match="must not exist yet") as caught:
+        build_plan.build_bundle(plan, BuildJob("planned"), out)
+    assert "--force" in caught.value.hint
+    with pytest.raises(ConfigError, match="must not exist yet"):
+        build_on(device, plan, BuildJob("planned"), out, print)
+    with pytest.raises(TargetUnavailable, match=r"nowhere\.invalid"):  # the control, which also leaves `out` as it was
+        build_on(device, plan, BuildJob("planned"), out, print, force=True)
+    assert Bundle.open(out).artifact("planned").settings["stage"] == "plan"
+
+
+def test_an_existing_out_is_replaced_by_force(tmp_path):
+    plan, out = bundle(tmp_path / "plan"), bundle(tmp_path / "out")
+    build_plan.build_bundle(plan, BuildJob("planned"), out, force=True)
+    assert Bundle.open(out).artifact("planned").settings == {"stage": "engine"}
 
 
 def test_engine_of_another_model_is_refused_and_the_bundle_kept(tmp_path):

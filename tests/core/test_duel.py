@@ -96,7 +96,14 @@ def _impatient(wait: Callable[..., int]) -> Callable[..., int]:
 
 
 def test_pair_ratio_is_the_median_over_turns() -> None:
-    assert Pair((3.0, 4.0, 100.0), (2.0, 2.0, 2.0)).ratio == 2.0
+    assert Pair((3.0, 4.0, 100.0), (2.0, 2.0, 2.0)).ratio == pytest.approx(2.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_pair_with_the_names_swapped_has_the_reciprocal_ratio(turns: int) -> None:
+    """Symmetry of the noise is what the gate's error rates rest on; the arithmetic median of two is not symmetric."""
+    one, other = (1.0, 1.2, 1.7, 1.1)[:turns], (1.0, 1.0, 1.3, 1.9)[:turns]
+    assert Pair(one, other).ratio * Pair(other, one).ratio == pytest.approx(1.0, rel=1e-12)
 
 
 def test_duel_fails_what_is_slower_by_half_and_passes_what_is_the_same() -> None:
@@ -118,6 +125,14 @@ def test_duel_out_of_time_is_inconclusive_and_says_with_how_many_pairs() -> None
     found = duel(contender("sleeper", ms=0.1), contender("sleeper", ms=0.1), GateConfig(), config)
     assert found.verdict.verdict == "inconclusive"
     assert found.verdict.pairs == 1
+
+
+def test_duel_out_of_time_for_the_confirmation_says_so() -> None:
+    """Three times slower, and the time is over after the first pair, which at 50 % confidence has seen it."""
+    config = DuelConfig(turns=2, min_turns=1, warmup=0, budget_s=1e-9)
+    found = duel(contender("sleeper", ms=6.0), contender("sleeper", ms=2.0), GateConfig(confidence=0.5), config)
+    assert (found.verdict.verdict, found.verdict.pairs, len(found.runs)) == ("inconclusive", 1, 1)
+    assert "the time ended before a second could confirm it" in found.verdict.sentence
 
 
 def test_worker_refuses_a_config_that_cannot_work() -> None:

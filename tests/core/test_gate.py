@@ -185,9 +185,34 @@ def test_the_sentence_says_ratio_bounds_limit_and_what_could_be_seen() -> None:
     assert slower.startswith("Slower: the candidate takes 1.120x the baseline's time (99 % bounds 1.")
     assert slower.endswith("beyond the limit of 1.050x, confirmed by a second run.")
     assert conclude([[1.0] * 9], config).sentence.endswith("; the limit is 1.050x.")
-    unsure = conclude([[1.04, 1.06] * 4], config).sentence
+    unsure = conclude([[1.04, 1.06] * 20], config).sentence
     assert unsure.startswith("Inconclusive: ")
     assert "would have been found" in unsure
+
+
+@pytest.mark.parametrize("runs", [[[1.5] * 6], [[1.5] * 6, [1.5] * 2]])
+def test_a_slow_down_whose_confirmation_the_time_cut_off_is_said_so(runs: list[list[float]]) -> None:
+    cut = conclude(runs, GateConfig()).sentence
+    assert cut.startswith("Inconclusive: the candidate takes 1.500x")
+    assert "a first run saw a slow-down; the time ended before a second could confirm it. Allow more with" in cut
+    assert not any(untrue in cut for untrue in ("would have been found", "too noisy", "did not confirm"))
+
+
+def test_only_all_pairs_allowed_are_called_too_noisy_or_unconfirmed() -> None:
+    config = GateConfig(max_pairs=8)
+    assert "the time ended before the pairs could decide" in conclude([[1.04, 1.06] * 3], config).sentence
+    assert "too noisy or too close to the limit. A slow-down" in conclude([[1.04, 1.06] * 4], config).sentence
+    unconfirmed = conclude([[1.12] * 4, [1.04, 1.06] * 4], config).sentence
+    assert "a first run saw a slow-down that the second did not confirm. A slow-down of" in unconfirmed
+
+
+def test_min_detectable_is_of_the_pairs_that_were_measured() -> None:
+    """Noise of 2 %; four pairs in each of two runs are the fewest that can fail anything at 99 %."""
+    noise = np.exp(0.02 * np.random.default_rng(3).normal(size=40)).tolist()
+    runs = {n: [[1.05 * ratio for ratio in noise[:n]]] for n in (7, 20, 40)}
+    able = {n: conclude(run, GateConfig()).min_detectable for n, run in runs.items()}
+    assert able[7] == math.inf
+    assert 1.05 < able[40] < able[20] < 1.4
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf])
@@ -199,8 +224,9 @@ def test_ratios_that_are_not_times_are_refused(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"max_regression": -1.0}, "max_regression must be above -1, got -1.0"),
-        ({"max_regression": math.nan}, "max_regression must be above -1, got nan"),
+        ({"max_regression": -1.0}, "max_regression must be finite and above -1, got -1.0"),
+        ({"max_regression": math.nan}, "max_regression must be finite and above -1, got nan"),
+        ({"max_regression": math.inf}, "max_regression must be finite and above -1, got inf"),
         ({"confidence": 1.0}, r"confidence must be in \[0.5, 1\), got 1.0"),
     ],
 )
@@ -242,3 +268,13 @@ def test_stored_profile_without_a_yardstick_is_never_trusted() -> None:
     found = conclude_stored(bare, stored(3.0), GateConfig())
     assert found.verdict == "inconclusive"
     assert "it has no yardstick" in found.sentence
+
+
+def test_stored_profile_of_too_few_samples_gives_no_bound_and_claims_none() -> None:
+    """Ten samples hold no 99.9 % interval of their median; a hundred do."""
+    config = GateConfig(confidence=0.999)
+    few = conclude_stored(stored(1.0, n=10), stored(0.9, seed=1), config)
+    assert few.verdict == "inconclusive"
+    assert few.ratio_ci[1] == few.min_detectable == math.inf
+    assert "to unknown)" in few.sentence and "would have been found" not in few.sentence
+    assert conclude_stored(stored(1.0), stored(0.9, seed=1), config).verdict == "pass"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ import pytest
 from compressor.errors import ConfigError, DataError
 from compressor.gate import GateConfig, GateVerdict, conclude
 from compressor.gate.output import GateResult, github, junit, markdown, to_json
-from compressor.gate.rules import Facts, Finding, RuleConfig, check, facts_of
+from compressor.gate.rules import Facts, Finding, Images, RuleConfig, check, facts_of
 from compressor.gating import GateOptions, check_outputs, run_gate
 from compressor.types import OpRecord
 
@@ -32,8 +33,15 @@ def result(latency: GateVerdict = FINE, *findings: Finding) -> GateResult:
     return GateResult(latency, device, findings, {"candidate": 5.6, "baseline": 5.0}, [[1.0] * 9], 12.5)
 
 
+SEEN = Images("evaluation", 2000)
 BASE = Facts(
-    1000, top1=91.0, top1_ci=(90.0, 92.0), agreement=99.0, peak_rss_bytes=100, ops=(op("a"), op("b", precision="int8"))
+    1000,
+    top1=91.0,
+    top1_ci=(90.0, 92.0),
+    agreement=99.0,
+    images=SEEN,
+    peak_rss_bytes=100,
+    ops=(op("a"), op("b", precision="int8")),
 )
 
 
@@ -41,13 +49,13 @@ BASE = Facts(
     ("candidate", "config", "rule", "text"),
     [
         (
-            Facts(1000, top1=89.9),
+            Facts(1000, top1=89.9, images=SEEN),
             RuleConfig(max_drop=1.0),
             "accuracy",
             "Top-1 fell by 1.10 points, from 91.00 to 89.90; 1 are allowed",
         ),
         (
-            Facts(1000, agreement=97.5),
+            Facts(1000, agreement=97.5, images=SEEN),
             RuleConfig(max_drop=1.0),
             "accuracy",
             "Agreement with the original fell by 1.50 points",
@@ -100,14 +108,53 @@ def test_a_target_that_has_only_the_cpu_has_no_fallback() -> None:
     assert check(BASE, Facts(1, ops=(op("a"), op("b"))), RuleConfig(forbid_fallback=True)) == ()
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (
+            Images("evaluation", 50),
+            "the baseline's is of 2000 evaluation images, the candidate's of 50 evaluation images",
+        ),
+        (Images("calibration", 2000), "the candidate's of 2000 calibration images"),
+        (Images("evaluation", 2000, "b"), "the candidate's of others"),
+    ],
+)
+def test_accuracies_of_different_images_do_not_compare(images: Images, said: str) -> None:
+    baseline = replace(BASE, images=Images("evaluation", 2000, "a"))
+    better, drop = replace(BASE, top1=99.0, images=images), RuleConfig(max_drop=0.5)
+    (finding,) = check(baseline, better, drop)
+    assert (finding.rule, finding.verdict) == ("accuracy", "inconclusive")
+    assert said in finding.sentence
+    for same in (
+        Images("evaluation", 2000, "a"),
+        Images("evaluation", 2000),
+    ):  # a digest that is not known denies nothing
+        assert check(baseline, replace(better, images=same), drop) == ()
+
+
 def test_facts_are_read_from_a_report() -> None:
-    entry = {"name": "ort", "size_bytes": 5, "accuracy": {"top1": 90.0, "top1_ci95": [89, 91], "agreement": 99.5}}
-    found = facts_of({"targets": [entry], "compressed": {}, "ops": {"ort": [vars(op("a"))]}}, "ort")
-    assert found == Facts(5, 90.0, (89.0, 91.0), 99.5, None, (op("a"),))
-    with pytest.raises(DataError, match="must hold target 'openvino', it does not"):
-        facts_of({"targets": [entry]}, "openvino")
+    accuracy = {"top1": 90.0, "top1_ci95": [89, 91], "agreement": 99.5, "n": 50}
+    entry = {"name": "ort", "accuracy": accuracy}
+    report = {"targets": [entry], "compressed": {"evaluated_on": "evaluation"}, "ops": {"ort": [vars(op("a"))]}}
+    seen = Images("evaluation", 50)
+    assert facts_of(report, "ort", 5) == Facts(5, 90.0, (89.0, 91.0), 99.5, seen, None, (op("a"),))
+    agreed = {
+        **report,
+        "targets": [{"name": "ort"}],
+        "compressed": {"agreement": 99.0, "n": 64} | {"evaluated_on": "calibration"},
+    }
+    agreed["provenance"] = {"calibration": {"sha256": "a"}}
+    assert facts_of(agreed, "ort", 5).images == Images("calibration", 64, "a")
     with pytest.raises(DataError, match="must be what `vitrim compress` writes"):
-        facts_of({"targets": [{"name": "ort"}], "compressed": {}}, "ort")
+        facts_of({"targets": [{"name": "ort"}], "compressed": {}}, "ort", 5)
+
+
+def test_of_an_engine_that_was_built_later_only_the_size_is_known() -> None:
+    found = facts_of({"targets": [], "plans": [{"name": "tensorrt", "size_bytes": 1}]}, "tensorrt", 7)
+    assert found == Facts(7)
+    (finding,) = check(found, found, RuleConfig(max_drop=1.0, max_size_growth=0.1))
+    assert finding.verdict == "inconclusive"
+    assert "engines that `vitrim build` made have none" in finding.sentence
 
 
 @pytest.mark.parametrize("change", [{"max_drop": -1.0}, {"max_size_growth": math.nan}, {"min_int8_share": 1.5}])

@@ -27,6 +27,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, text: str) -> None:
         read(tmp_path)
 
 
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = append(tmp_path, {"ratio": 1})
+    path.write_bytes(path.read_bytes() + b'{"bundle": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2 must be a JSON object"):
+        read(tmp_path)
+
+
 def test_change_points_are_found_where_the_level_changed() -> None:
     rng, exact = np.random.default_rng(0), 0
     for _ in range(20):

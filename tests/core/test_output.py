@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from compressor.errors import ConfigError
-from compressor.output import folder_output
+from compressor.output import check_file, file_or_folder, folder_output, write_text
 
 
 def write(out: Path, *, force: bool = False, text: str = "new") -> None:
@@ -51,3 +52,50 @@ def test_what_failed_leaves_the_old_in_place(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text("new")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["b"] and (tmp_path / "b/manifest.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("content", [[], ["manifest.json"]])
+def test_one_zip_does_not_take_the_place_of_a_folder_and_says_so_before_the_work(
+    tmp_path: Path, content: list[str]
+) -> None:
+    (tmp_path / "b").mkdir()
+    for name in content:
+        (tmp_path / "b" / name).write_text("old")
+    with (
+        pytest.raises(ConfigError, match=r"one \.zip file must not take the place of a folder"),
+        file_or_folder(tmp_path / "b", force=True, zipped=True),
+    ):
+        pytest.fail("the work was begun")
+    assert [f.name for f in (tmp_path / "b").iterdir()] == content
+    (tmp_path / "old.zip").write_text("old")
+    with file_or_folder(tmp_path / "old.zip", force=True, zipped=True) as folder:  # the control: a file is replaced
+        (folder / "manifest.json").write_text("new")
+    assert (tmp_path / "old.zip").read_bytes().startswith(b"PK")
+
+
+def test_a_file_is_replaced_by_force_only(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    check_file(notes, force=False)
+    notes.write_text("")
+    check_file(notes, force=False)  # nothing to lose
+    notes.write_text("mine")
+    with pytest.raises(ConfigError, match="must not exist") as caught:
+        check_file(notes, force=False)
+    assert "--force" in str(caught.value.hint)
+    check_file(notes, force=True)
+    with pytest.raises(ConfigError, match="must be a file, got a folder"):
+        check_file(tmp_path, force=True)
+    with pytest.raises(ConfigError, match=r"the folder .* must exist"):
+        check_file(tmp_path / "no" / "page.html", force=True)
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "page")
+        assert os.read(reader, 10) == b"page"
+    finally:
+        os.close(reader)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"] and not pipe.is_file()

@@ -26,6 +26,15 @@ def test_ssh_is_told_where_and_never_to_ask():
     assert transport("ssh://[::1]:22").command("true")[-2] == "::1"
 
 
+@pytest.mark.parametrize("host", ["RDK-X5", "board", "FE80::1"])
+def test_the_host_is_as_it_was_typed(host):
+    """Patterns of Host in ssh_config know capitals: in lower case an alias is another name, which does not resolve."""
+    shown = f"[{host}]" if ":" in host else host
+    for url in (f"ssh://{shown}", f"ssh://Root@{shown}:22"):
+        there = transport(url)
+        assert there.command("true")[-2] == host and there.by_hand.endswith(f"{host} true")
+
+
 def test_adb_is_told_which_device():
     there = transport("adb://emulator-5554")
     assert there.command("true") == ["adb", "-s", "emulator-5554", "shell", "-T", "exec sh -c true"]
@@ -70,10 +79,22 @@ def test_an_address_that_is_none_is_refused(url):
         transport(url)
 
 
-def test_a_password_is_refused_and_not_repeated():
-    with pytest.raises(ConfigError, match="without a password") as caught:
-        transport("ssh://pi:hunter2@board")
-    assert "hunter2" not in str(caught.value)
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ssh://pi:hunter2@board", "ssh://pi:hunter2@[::1", "ssh://pi:a@hunter2@board", "http://pi:hunter2@board/x"),
+        *("pi:hunter2@board", "ssh://pi:hunter2@board:x", "ssh://:hunter2@board"),
+    ],
+)
+def test_a_password_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError) as caught:
+        transport(url)
+    assert "hunter2" not in f"{caught.value} {caught.value.hint}" and ":...@" in str(caught.value)
+
+
+def test_an_address_without_a_password_is_repeated_as_it_was():
+    with pytest.raises(ConfigError, match=r"got 'ssh://pi@board:x'\."):
+        transport("ssh://pi@board:x")
 
 
 def test_inventory_keeps_what_was_added(tmp_path):

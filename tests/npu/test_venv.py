@@ -1,5 +1,11 @@
 """Environments of vendor tools, tried with one that needs no vendor: Python alone."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,7 @@ from compressor.errors import TargetUnavailable
 from targets import _venv
 from targets._venv import Limits, Recipe, Worker, availability, find_python, install
 
+ROOT = Path(__file__).parents[2]
 RECIPE = Recipe("plain", "", (), module="extra", package="pip", files={"extra.py": "WORD = 'carried'\n"})
 SCRIPT = """
 import os, sys, time
@@ -24,6 +31,13 @@ def crash(arguments, arrays):
     os.abort()
 def sleep(arguments, arrays):
     time.sleep(60)
+def spawn(arguments, arrays):
+    import subprocess
+    child = subprocess.Popen(["sleep", "60"])
+    with open(arguments["pids"] + ".part", "w") as f:
+        f.write(f"{os.getpid()} {child.pid}")
+    os.rename(arguments["pids"] + ".part", arguments["pids"])
+    sum(range(10**12))  # holds the interpreter's lock, as compiled tools do
 def swallow(arguments, arrays):
     return {"n": len(bytearray(1 << 31))}, {}
 """
@@ -89,6 +103,68 @@ def test_a_failure_a_crash_and_a_hang_are_one_sentence_each(worker):
         assert caught.value.hint.startswith("Disable rule 7. Its log is ")
     with worker(seconds=0.5) as tool, pytest.raises(TargetUnavailable, match=r"no answer within 0\.5 s"):
         tool.call("sleep", {})
+
+
+OWNER = """
+import sys, threading
+from pathlib import Path
+from targets._venv import Worker
+from tests.npu.test_venv import RECIPE
+made = []
+thread = threading.Thread(target=lambda: made.append(Worker(RECIPE, Path(sys.argv[1]))))
+thread.start()
+thread.join()  # the thread that started the worker has ended; the worker has not
+assert made[0].call("echo", {"a": 1})[0]["got"] == {"a": 1}
+made[0].call("spawn", {"pids": sys.argv[2]})
+"""
+
+
+def alive(pid: str) -> bool:
+    """Whether the process runs; one that waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_a_worker_and_what_it_started_end_with_their_owner_even_when_killed(home, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    pids, scratch = tmp_path / "pids", tmp_path / "tmp"
+    scratch.mkdir()
+    command = [sys.executable, "-c", OWNER, tmp_path / "script.py", pids]
+    owner = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)})
+    try:
+        assert within(30, pids.exists)
+        started = pids.read_text().split()
+        assert all(alive(pid) for pid in started)
+    finally:
+        owner.kill()
+        owner.wait()
+    within(10, lambda: not any(alive(pid) for pid in started))
+    left = [pid for pid in started if alive(pid)]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not left
+
+
+def test_a_log_that_ends_with_the_worker_is_quoted_and_not_named(home, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + 'def odd(arguments, arrays):\n    print("layer 3 is odd")\n    raise ValueError("no")\n')
+    with Worker(RECIPE, script, known={"is odd": "Make it even."}) as tool:
+        with pytest.raises(TargetUnavailable, match="got ValueError: no") as caught:
+            tool.call("odd", {})
+        assert caught.value.hint == "Make it even. Its last words: layer 3 is odd"
+    with Worker(RECIPE, script, tmp_path / "kept.log") as tool:
+        with pytest.raises(TargetUnavailable) as caught:
+            tool.call("odd", {})
+        assert caught.value.hint == f"Its log is {tmp_path / 'kept.log'}."
 
 
 def test_memory_is_limited(worker):
