@@ -199,7 +199,7 @@ def check_fp8(target: str, precision: Precision, chip: str) -> None:
 
 
 class EngineSession:
-    """An engine on the GPU of this machine, from host memory to host memory."""
+    """An engine on the GPU of this machine, from host memory to host memory; every session has buffers of its own."""
 
     def __init__(self, artifact: Artifact, package: str, call: Call) -> None:
         check_files(artifact)
@@ -209,8 +209,8 @@ class EngineSession:
                 hint="Build it on the machine with the GPU: vitrim build BUNDLE.",
             )
         self._artifact, self._call = artifact, call
-        self._arguments = {"package": package, "engine": str(artifact.path)}
-        self._call("load", self._arguments, {})
+        loaded, _ = call("load", {"package": package, "engine": str(artifact.path)}, {})
+        self._arguments = {"package": package, **loaded}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name."""
