@@ -136,7 +136,8 @@ def _pixels(opened: Opened) -> Array:
 def evaluate_source(source: Source, images: str, reference: str | None, progress: Progress) -> dict[str, Any]:
     """The ``vitrim eval --json`` object: accuracy of `source` on `images`, agreement with `reference`.
 
-    The reference of a bundle is its own float model on the same target, of a model nothing, unless `reference` names one.
+    The reference of a bundle is its own float model, on the same target or, where that has no float, on ONNX Runtime; of a
+    model nothing, unless `reference` names one.
     """
     with ExitStack() as stack:
         opened = open_source(source, stack)
@@ -178,7 +179,8 @@ def _reference(
     model = load_model(name)
     if model.preprocess.size != opened.preprocess.size or model.spec.num_classes != opened.num_classes:
         raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source.path!r}.")
-    return open_model(model, opened.target, source.threads, stack)
+    has_float = "fp32" in targets.get(opened.target).CAPABILITIES.precisions
+    return open_model(model, opened.target if has_float else "ort", source.threads, stack)
 
 
 def verify_bundle(path: Path, target: str | None, signers: Path | None = None) -> Result:
