@@ -68,16 +68,15 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
     if is_bundle(source.path):
         bundle = stack.enter_context(Bundle.open(source.path))
         name = source.target or bundle.default_target
-        artifact, manifest = bundle.artifact(name), bundle.manifest
-        classes = int(manifest.spec.get("num_classes", 0))
+        artifact = bundle.artifact(name)
         opener: Callable[[], Session] = partial(targets.get(name).open, artifact, threads=source.threads)
         return Opened(
             name,
             opener,
             artifact,
             bundle.preprocess,
-            tuple(manifest.labels),
-            classes,
+            tuple(bundle.manifest.labels),
+            bundle.spec.num_classes,
             bundle.golden["inputs"],
             bundle.spec,
             bundle.calibrated_on,
