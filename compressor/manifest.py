@@ -88,9 +88,9 @@ class Manifest(_Strict):
         spec, images = self.spec, self.preprocess
         made = (images.size, 3 if images.channels == "RGB" else 1)
         if made != (spec.image_size, spec.in_chans):
-            raise ValueError(f"preprocess must make {spec.image_size} x {spec.in_chans}, got {made[0]} x {made[1]}")
+            raise ConfigError(f"preprocess must make {spec.image_size} x {spec.in_chans}, got {made[0]} x {made[1]}.")
         if self.labels and len(self.labels) != spec.num_classes:
-            raise ValueError(f"labels must name {spec.num_classes} classes, got {len(self.labels)}")
+            raise ConfigError(f"labels must name {spec.num_classes} classes, got {len(self.labels)}.")
         return self
 
 
@@ -181,7 +181,7 @@ def read_manifest(root: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(f"{path}: {where} is not valid: {first['msg']}.", hint="Make the bundle again.") from None
-    except ConfigError as error:  # raised by the records themselves
+    except ConfigError as error:  # raised by the records, and by the manifest, themselves
         raise BundleError(f"{path}: {error}", hint="Make the bundle again.") from None
 
 

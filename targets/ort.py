@@ -163,8 +163,12 @@ def _records(events: list[dict[str, Any]]) -> tuple[OpRecord, ...]:
 
 
 def _precision(args: Mapping[str, Any]) -> str:
-    """ "int8" when the node multiplies integers, else the dtype of its first input."""
-    types = [next(iter(shape)) for shape in args.get("input_type_shape", [])]
+    """ "int8" when the node reads 8-bit integers, to multiply or to move them, else the dtype of its first input.
+
+    DequantizeLinear, which makes floats of them, counts as what it makes.
+    """
+    side = "output_type_shape" if args.get("op_name") == "DequantizeLinear" else "input_type_shape"
+    types = [next(iter(shape)) for shape in args.get(side, [])]
     if not types:
         return ""
     return "int8" if types[0] in ("int8", "uint8") else {"float": "fp32"}.get(types[0], types[0])
