@@ -212,8 +212,8 @@ class Engine:
     """
 
     def __init__(self, package: str, path: str) -> None:
+        self._stream, self._turn = ctypes.c_void_p(), threading.Lock()  # first: `__del__` asks for it
         trt, log = library(package), logger(package)
-        self._stream, self._turn = ctypes.c_void_p(), threading.Lock()
         enter()
         cuda("cuStreamCreate", ctypes.byref(self._stream), 1)
         self._log = log
