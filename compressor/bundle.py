@@ -17,8 +17,9 @@ import shutil
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,32 @@ from PIL import Image
 
 import targets
 from calibration.preprocess import apply
-from compressor.errors import BundleError, ConfigError, unknown_name
+from compressor.errors import BundleError, unknown_name
 from compressor.manifest import CALIBRATED_ON, MAX_FILE_BYTES, Manifest, artifact_of, inside, read_manifest, sha256_file
-from compressor.types import Array, Artifact, BlockSpec, Preprocess, Session, VitSpec
+from compressor.types import Array, Artifact, Preprocess, Session, VitSpec
 from compressor.verify import tolerance
 
 __all__ = ["Bundle", "is_bundle"]
 
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)  # what reading one may raise
+# Read under these names, so that none may lie in a bundle without a digest. Not every bundle has them all.
+READ_BY_NAME = (
+    *("golden.npz", CALIBRATED_ON, "config.json", "preprocessor_config.json", "model.safetensors"),
+    *("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
 
 def is_bundle(source: str) -> bool:
-    """Whether `source` names a bundle, a folder or a .zip, rather than a model."""
+    """Whether `source` names a bundle, a folder or a zip file under any name, rather than a model."""
     path = Path(source)
-    return (path / "manifest.json").is_file() or path.suffix == ".zip"
+    try:
+        if (path / "manifest.json").is_file() or path.suffix == ".zip":
+            return True
+        with zipfile.ZipFile(path) as z:  # weights of PyTorch are zip files too
+            names = [PurePosixPath(name).parts for name in z.namelist()]
+    except BROKEN_ZIP:
+        return False
+    return any(len(parts) <= 2 and parts[-1:] == ("manifest.json",) for parts in names)
 
 
 def _unzip(archive: Path, folder: Path) -> Path:
@@ -59,10 +74,24 @@ def _unzip(archive: Path, folder: Path) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with z.open(info) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+    except BROKEN_ZIP as error:
         raise BundleError(f"{archive}: must be a readable zip file, got {error}.", hint="Copy it again.") from None
     members = list(folder.iterdir())  # where a file manager zipped the folder, that is all there is
     return members[0] if len(members) == 1 and members[0].is_dir() else folder
+
+
+def _golden_problem(arrays: Mapping[str, Array], spec: VitSpec) -> str:
+    """What golden.npz must hold and does not; empty if nothing is wrong with its `arrays`."""
+    images = arrays.get("inputs")
+    if images is None or not images.size or images.shape[1:] != (spec.in_chans, *spec.image_size):
+        got = "none" if images is None else images.shape
+        return f"inputs (n, {spec.in_chans}, {spec.image_size[0]}, {spec.image_size[1]}), got {got}"
+    outputs = (len(images), spec.num_classes or spec.pooled_dim)
+    for name, array in arrays.items():
+        want = () if name.startswith("tolerance.") else images.shape if name == "inputs" else outputs
+        if not np.issubdtype(array.dtype, np.floating) or array.shape != want or not np.isfinite(array).all():
+            return f"finite numbers of shape {want} in {name!r}, got {array.dtype} {array.shape}"
+    return ""
 
 
 def _runs(name: str) -> bool:
@@ -84,6 +113,9 @@ def _checked(source: Path, path: str | Path) -> Manifest:
                 f"{path}: {name!r} must have sha256 {entry.sha256[:12]}..., it was changed.",
                 hint="Copy the bundle again.",
             )
+    for name in READ_BY_NAME:
+        if name not in manifest.files and (source / name).exists():
+            raise BundleError(f"{path}: {name!r} must be listed in files.", hint="Do not use this bundle.")
     for target in manifest.targets.values():
         for name in (target.path, *target.files):
             if name not in manifest.files:
@@ -127,48 +159,39 @@ class Bundle:
         if self._keep is not None:
             self._keep.cleanup()
 
-    @cached_property
+    @property
     def preprocess(self) -> Preprocess:
         """The image contract the model was calibrated and evaluated with."""
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.preprocess.items()
-        }
-        try:
-            return Preprocess(**fields)
-        except (TypeError, ConfigError) as error:
-            raise BundleError(
-                f"{self.root}: manifest preprocess is not valid: {error}.", hint="Make the bundle again."
-            ) from None
+        return self.manifest.preprocess
 
-    @cached_property
+    @property
     def spec(self) -> VitSpec:
         """The sizes of the network."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.manifest.spec.items()}
-        try:
-            return VitSpec(**{**fields, "blocks": tuple(BlockSpec(**b) for b in fields["blocks"])})
-        except (TypeError, KeyError, ConfigError) as error:
-            raise BundleError(
-                f"{self.root}: manifest spec is not valid: {error}.", hint="Make the bundle again."
-            ) from None
+        return self.manifest.spec
 
     @cached_property
     def golden(self) -> dict[str, Array]:
         """``inputs`` (8, C, h, w), ``reference`` and ``outputs.<target>`` (8, classes), and ``tolerance.<target>``."""
         try:
             with np.load(inside(self.root, "golden.npz"), allow_pickle=False) as data:
-                return {name: data[name] for name in data.files}
-        except (zipfile.BadZipFile, zlib.error, KeyError, OSError, ValueError, EOFError) as error:
+                found = {name: data[name] for name in data.files}
+        except (*BROKEN_ZIP, KeyError, MemoryError) as error:
             raise BundleError(
                 f"{self.root}: golden.npz must be readable, got {error}.", hint="Copy the bundle again."
             ) from None
+        if problem := _golden_problem(found, self.spec):
+            raise BundleError(f"{self.root}: golden.npz must hold {problem}.", hint="Make the bundle again.")
+        return found
 
     @cached_property
     def calibrated_on(self) -> frozenset[str]:
         """Content hashes (`calibration.data.ImageSet.content_hashes`) of the calibration images; empty where none are listed."""
         listed = CALIBRATED_ON in self.manifest.files
-        return frozenset(inside(self.root, CALIBRATED_ON).read_text().split()) if listed else frozenset()
+        return frozenset(
+            inside(self.root, CALIBRATED_ON).read_bytes().decode(errors="replace").split() if listed else ()
+        )
 
-    @property
+    @cached_property
     def default_target(self) -> str:
         """The first target of the bundle whose runtime is installed here, else its first target."""
         names = [n for n, entry in self.manifest.targets.items() if entry.settings.get("stage") != "plan"]
@@ -190,13 +213,13 @@ class Bundle:
             self._sessions[key] = targets.get(name).open(artifact, threads=threads)
         return self._sessions[key]
 
-    def logits(self, pixels: Array, target: str | None = None) -> Array:
+    def logits(self, pixels: Array, target: str | None = None, *, threads: int = 1) -> Array:
         """(B, C, h, w) preprocessed float32 -> (B, classes)."""
         artifact = self.artifact(target or self.default_target)
-        outputs = self.session(target).run({artifact.inputs[0].name: np.ascontiguousarray(pixels, np.float32)})
+        outputs = self.session(target, threads).run({artifact.inputs[0].name: np.ascontiguousarray(pixels, np.float32)})
         return outputs[artifact.outputs[0].name]
 
-    def predict(self, image: str | Path | Image.Image | Array, target: str | None = None) -> Array:
+    def predict(self, image: str | Path | Image.Image | Array, target: str | None = None, *, threads: int = 1) -> Array:
         """Class probabilities (classes,) of one image: a path, a PIL image, uint8 (H, W, C), or preprocessed float (C, h, w)."""
         if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
             pixels = image
@@ -206,16 +229,16 @@ class Bundle:
             pixels = apply(self.preprocess, read_image(Path(image)))
         else:
             pixels = apply(self.preprocess, image)
-        logits = self.logits(pixels[None], target)[0].astype(np.float64)
+        logits = self.logits(pixels[None], target, threads=threads)[0].astype(np.float64)
         shifted = np.exp(logits - logits.max())
         probabilities: Array = shifted / shifted.sum()
         return probabilities
 
     def top(
-        self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None
+        self, image: str | Path | Image.Image | Array, k: int = 5, target: str | None = None, *, threads: int = 1
     ) -> list[tuple[str, float]]:
         """The `k` most likely (label, probability) pairs."""
-        p = self.predict(image, target)
+        p = self.predict(image, target, threads=threads)
         names = self.manifest.labels or [str(i) for i in range(len(p))]
         return [(names[i], float(p[i])) for i in np.argsort(-p)[:k]]
 

@@ -330,7 +330,8 @@ def run_images(
     name = target or opened.default_target
     opened.session(name, threads)
     results = [
-        {"image": str(i), "top": [{"label": n, "probability": p} for n, p in opened.top(i, top, name)]} for i in images
+        {"image": str(i), "top": [{"label": n, "probability": p} for n, p in opened.top(i, top, name, threads=threads)]}
+        for i in images
     ]
     lines = [f"{r['image']}: " + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in r["top"]) for r in results]  # type: ignore[index]
     return Result({"bundle": str(bundle), "target": name, "results": results}, lines)

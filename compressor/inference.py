@@ -68,16 +68,15 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
     if is_bundle(source.path):
         bundle = stack.enter_context(Bundle.open(source.path))
         name = source.target or bundle.default_target
-        artifact, manifest = bundle.artifact(name), bundle.manifest
-        classes = int(manifest.spec.get("num_classes", 0))
+        artifact = bundle.artifact(name)
         opener: Callable[[], Session] = partial(targets.get(name).open, artifact, threads=source.threads)
         return Opened(
             name,
             opener,
             artifact,
             bundle.preprocess,
-            tuple(manifest.labels),
-            classes,
+            tuple(bundle.manifest.labels),
+            bundle.spec.num_classes,
             bundle.golden["inputs"],
             bundle.spec,
             bundle.calibrated_on,
@@ -136,7 +135,8 @@ def _pixels(opened: Opened) -> Array:
 def evaluate_source(source: Source, images: str, reference: str | None, progress: Progress) -> dict[str, Any]:
     """The ``vitrim eval --json`` object: accuracy of `source` on `images`, agreement with `reference`.
 
-    The reference of a bundle is its own float model on the same target, of a model nothing, unless `reference` names one.
+    The reference of a bundle is its own float model, on the same target or, where that has no float, on ONNX Runtime; of a
+    model nothing, unless `reference` names one.
     """
     with ExitStack() as stack:
         opened = open_source(source, stack)
@@ -178,7 +178,8 @@ def _reference(
     model = load_model(name)
     if model.preprocess.size != opened.preprocess.size or model.spec.num_classes != opened.num_classes:
         raise ConfigError(f"reference {name!r} must take the same images and give the same classes as {source.path!r}.")
-    return open_model(model, opened.target, source.threads, stack)
+    has_float = "fp32" in targets.get(opened.target).CAPABILITIES.precisions
+    return open_model(model, opened.target if has_float else "ort", source.threads, stack)
 
 
 def verify_bundle(path: Path, target: str | None, signers: Path | None = None) -> Result:

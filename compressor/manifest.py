@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compressor.errors import BundleError
-from compressor.types import Artifact, Precision, TensorSpec
+from compressor.errors import BundleError, ConfigError
+from compressor.types import Artifact, Precision, Preprocess, TensorSpec, VitSpec
 
 __all__ = [
     "CALIBRATED_ON",
@@ -28,10 +28,11 @@ __all__ = [
 
 CALIBRATED_ON = "calibration.sha256"  # content hash of every calibration image, one a line
 MAX_FILE_BYTES = 8 << 30  # larger than any ViT; bounds what a hostile manifest or archive can make us read
+MAX_NAME_BYTES = 255  # of a path in the bundle: no file system refuses it
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileEntry(_Strict):
@@ -46,19 +47,19 @@ class TensorEntry(_Strict):
 
     name: str
     dtype: str
-    shape: list[int]
+    shape: list[int] = Field(min_length=2)  # -1 or the batch first
 
 
 class TargetEntry(_Strict):
     """One target's artifact: its main file, precision, and what `open` needs beside it."""
 
     path: str
-    files: list[str]  # all of them, in the target's order, main file included
+    files: list[str] = Field(min_length=1)  # all of them, in the target's order, main file included
     sha256: str  # of `files` one after the other
     precision: Precision
     settings: dict[str, str] = {}
-    inputs: list[TensorEntry]
-    outputs: list[TensorEntry]
+    inputs: list[TensorEntry] = Field(min_length=1)
+    outputs: list[TensorEntry] = Field(min_length=1)
 
 
 class _Version(BaseModel):
@@ -71,16 +72,26 @@ class Manifest(_Strict):
     """manifest.json, version 1."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    spec: dict[str, Any]
-    preprocess: dict[str, Any]
+    spec: VitSpec
+    preprocess: Preprocess
     labels: list[str]
     recipe: dict[str, Any]
     versions: dict[str, str]
     seed: int
     calibration: dict[str, Any]
     checkpoint: dict[str, Any]
-    targets: dict[str, TargetEntry]
+    targets: dict[str, TargetEntry] = Field(min_length=1)
     files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        spec, images = self.spec, self.preprocess
+        made = (images.size, 3 if images.channels == "RGB" else 1)
+        if made != (spec.image_size, spec.in_chans):
+            raise ConfigError(f"preprocess must make {spec.image_size} x {spec.in_chans}, got {made[0]} x {made[1]}.")
+        if self.labels and len(self.labels) != spec.num_classes:
+            raise ConfigError(f"labels must name {spec.num_classes} classes, got {len(self.labels)}.")
+        return self
 
 
 def sha256_file(path: Path) -> str:
@@ -170,18 +181,26 @@ def read_manifest(root: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(f"{path}: {where} is not valid: {first['msg']}.", hint="Make the bundle again.") from None
+    except ConfigError as error:  # raised by the records, and by the manifest, themselves
+        raise BundleError(f"{path}: {error}", hint="Make the bundle again.") from None
 
 
 def inside(root: Path, name: str) -> Path:
     """`root / name`.
 
     Raises:
-        BundleError: it could lie outside `root`.
+        BundleError: it could lie outside `root`, or no file can have that name.
     """
-    pure = PurePosixPath(name)
-    path = root / name
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root.resolve()):
+    pure, path, hint = PurePosixPath(name), root / name, "Do not use this bundle."
+    try:
+        named = "\0" not in name and len(name.encode()) <= MAX_NAME_BYTES
+        stays = named and path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # half a character; links that lead in a circle
+        named = stays = False
+    if not named:
         raise BundleError(
-            f"{root}: file paths must stay inside the bundle, got {name!r}.", hint="Do not use this bundle."
+            f"{root}: file paths must be text of at most {MAX_NAME_BYTES} bytes, got {name[:40]!r}.", hint=hint
         )
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not stays:
+        raise BundleError(f"{root}: file paths must stay inside the bundle, got {name!r}.", hint=hint)
     return path

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Protocol, cast
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
-from compressor.errors import ConfigError, unknown_name
+from compressor.errors import ConfigError, TargetUnavailable, unknown_name
 from compressor.types import Artifact, Availability, BuildOptions, Capabilities, Session
 
 if TYPE_CHECKING:
@@ -84,6 +84,34 @@ def _files() -> list[tuple[Target, str]]:
 
 
 def _plugins() -> list[tuple[Target, str]]:
-    return [
-        (cast(Target, point.load()), f"entry point {point.name} = {point.value}") for point in entry_points(group=GROUP)
-    ]
+    return [(_plugin(point), f"entry point {point.name} = {point.value}") for point in entry_points(group=GROUP)]
+
+
+def _plugin(point: EntryPoint) -> Target:
+    try:
+        return cast(Target, point.load())
+    except Exception as error:  # noqa: BLE001 of somebody else's code; `vitrim doctor` says it, other targets work
+        return _Broken(point.name, f"{point.value} does not load: {type(error).__name__}: {error}")
+
+
+class _Broken:
+    """A third-party target that does not load, under the name of its entry point."""
+
+    CAPABILITIES = Capabilities(layout="tokens", opset=20, precisions=())
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.NAME, self._reason = name, reason
+
+    def available(self) -> Availability:
+        return Availability(available=False, reason=self._reason, fix="Repair or remove the package that brings it.")
+
+    def build(self, graph: onnx_ir.Model, options: BuildOptions) -> NoReturn:
+        del graph, options  # Unused
+        self._refuse()
+
+    def open(self, artifact: Artifact, threads: int = 1) -> NoReturn:
+        del artifact, threads  # Unused
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise TargetUnavailable(f"Target {self.NAME!r}: {self._reason}.", hint=self.available().fix)

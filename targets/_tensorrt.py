@@ -157,15 +157,16 @@ def build_engine(artifact: Artifact, out_dir: Path, settings: Mapping[str, str],
     check_files(artifact)
     if artifact.settings.get("stage") != "plan":
         raise BundleError(f"{artifact.path}: artifact must be a build plan, got an engine.", hint="Use it as it is.")
-    check_fp8(artifact.target, artifact.precision, artifact.settings["chip"])
+    chip = artifact.settings.get("chip", "")
+    check_fp8(artifact.target, artifact.precision, chip)
     out_dir.mkdir(parents=True, exist_ok=True)
     path, source = out_dir / f"{artifact.path.stem}.engine", artifact.inputs[0]
     shapes = batch_shapes(source.shape, int(artifact.settings.get("batch", "1")))
     given = {"onnx": str(artifact.path), "engine": str(path), "input": source.name, "shapes": shapes}
-    built, _ = call("build", {**given, "chip": artifact.settings["chip"], **settings}, {})
+    built, _ = call("build", {**given, "chip": chip, **settings}, {})
     layers = path.with_suffix(".layers.json")
     layers.write_text(json.dumps(built, indent=1), encoding="utf-8")
-    told = {"stage": "engine", "chip": artifact.settings["chip"], "version": built["version"]}
+    told = {"stage": "engine", "chip": chip, "version": built["version"]}
     told["batch"] = artifact.settings.get("batch", "1")
     files = (path, layers)
     return replace(
@@ -199,7 +200,7 @@ def check_fp8(target: str, precision: Precision, chip: str) -> None:
 
 
 class EngineSession:
-    """An engine on the GPU of this machine, from host memory to host memory."""
+    """An engine on the GPU of this machine, from host memory to host memory; every session has buffers of its own."""
 
     def __init__(self, artifact: Artifact, package: str, call: Call) -> None:
         check_files(artifact)
@@ -209,8 +210,8 @@ class EngineSession:
                 hint="Build it on the machine with the GPU: vitrim build BUNDLE.",
             )
         self._artifact, self._call = artifact, call
-        self._arguments = {"package": package, "engine": str(artifact.path)}
-        self._call("load", self._arguments, {})
+        loaded, _ = call("load", {"package": package, "engine": str(artifact.path)}, {})
+        self._arguments = {"package": package, **loaded}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name."""
@@ -327,10 +328,19 @@ def findings(built: Mapping[str, Any], precision: Precision) -> dict[str, str]:
 
 
 def records(artifact: Artifact, times: Mapping[str, float]) -> tuple[OpRecord, ...]:
-    """One record per kernel under the names of the graph's nodes, with `times` by kernel name; 0.0 where none was taken."""
-    report = next(file for file in artifact.files if file.suffix == ".json")
-    lines = json.loads(report.read_text(encoding="utf-8"))["layers"]
+    """One record per kernel under the names of the graph's nodes, with `times` by kernel name; 0.0 where none was taken.
+
+    Raises:
+        BundleError: the engine's list of layers is missing or is none.
+    """
+    try:
+        report = next(file for file in artifact.files if file.suffix == ".json")
+        layers = engine_layers(json.loads(report.read_text(encoding="utf-8"))["layers"])
+    except (StopIteration, OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{artifact.path}: an engine must have its list of layers beside it, got {error!r}.", hint="Build it again."
+        ) from error
     return tuple(
         OpRecord(" + ".join(layer.nodes) or layer.name, layer.kind, "GPU", layer.precision, times.get(layer.name, 0.0))
-        for layer in engine_layers(lines)
+        for layer in layers
     )

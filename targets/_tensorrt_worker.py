@@ -11,13 +11,14 @@ import ctypes
 import functools
 import importlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["build", "engine", "load", "profile", "run"]
+__all__ = ["build", "load", "profile", "run"]
 
 RTX = "tensorrt_rtx_bindings"
 RUNS = 5  # profiled executions, the first being warm-up
@@ -162,6 +163,21 @@ def cuda(function: str, *arguments: Any) -> None:
         raise RuntimeError(f"{function} failed with CUDA error {code}")
 
 
+@functools.cache
+def context() -> ctypes.c_void_p:
+    """The first GPU's primary context, which everything of this process shares."""
+    device, found = ctypes.c_int(), ctypes.c_void_p()
+    cuda("cuInit", 0)
+    cuda("cuDeviceGet", ctypes.byref(device), 0)
+    cuda("cuDevicePrimaryCtxRetain", ctypes.byref(found), device)
+    return found
+
+
+def enter() -> None:
+    """Make `context` the calling thread's: the driver has a current one for each thread."""
+    cuda("cuCtxSetCurrent", context())
+
+
 class Buffer:
     """Device memory of a fixed size."""
 
@@ -185,19 +201,20 @@ class Buffer:
 
     def __del__(self) -> None:
         if self._address.value:
+            enter()  # whichever thread drops it
             cuda("cuMemFree_v2", self._address)
 
 
 class Engine:
-    """A deserialized engine with one execution context and one stream; inputs and outputs are float32."""
+    """A deserialized engine with one execution context, one stream and its buffers; inputs and outputs are float32.
+
+    Threads may share it: they take turns.
+    """
 
     def __init__(self, package: str, path: str) -> None:
+        self._stream, self._turn = ctypes.c_void_p(), threading.Lock()  # first: `__del__` asks for it
         trt, log = library(package), logger(package)
-        device, context, self._stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        cuda("cuInit", 0)
-        cuda("cuDeviceGet", ctypes.byref(device), 0)
-        cuda("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        cuda("cuCtxSetCurrent", context)
+        enter()
         cuda("cuStreamCreate", ctypes.byref(self._stream), 1)
         self._log = log
         log.lines.clear()
@@ -214,6 +231,11 @@ class Engine:
 
     def run(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Outputs by name, from host memory to host memory."""
+        with self._turn:
+            enter()
+            return self._run(arrays)
+
+    def _run(self, arrays: dict[str, Any]) -> dict[str, Any]:
         for name in self.inputs:
             array = np.ascontiguousarray(arrays[name], dtype=np.float32)
             self.context.set_input_shape(name, array.shape)
@@ -228,6 +250,11 @@ class Engine:
             self._buffers[name].read(array)
         return results
 
+    def __del__(self) -> None:
+        if self._stream.value:
+            enter()
+            cuda("cuStreamDestroy_v2", self._stream)
+
     def _place(self, name: str, size: int) -> Buffer:
         if name not in self._buffers or self._buffers[name].size < size:
             self._buffers[name] = Buffer(size)
@@ -235,27 +262,20 @@ class Engine:
         return self._buffers[name]
 
 
-@functools.lru_cache(maxsize=8)
-def engine(package: str, path: str) -> Engine:
-    """The engine in file `path`, loaded once."""
-    return Engine(package, path)
-
-
 def load(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load ``arguments["engine"]``; its input and output names."""
+    """``engine``: a new `Engine` of the file ``arguments["engine"]``, for `run` and `profile` in this process."""
     del arrays  # Unused
-    loaded = engine(arguments["package"], arguments["engine"])
-    return {"inputs": loaded.inputs, "outputs": loaded.outputs}, {}
+    return {"engine": Engine(arguments["package"], arguments["engine"])}, {}
 
 
 def run(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Outputs of ``arguments["engine"]`` for `arrays`."""
-    return {}, engine(arguments["package"], arguments["engine"]).run(arrays)
+    """Outputs of the loaded ``arguments["engine"]`` for `arrays`."""
+    return {}, arguments["engine"].run(arrays)
 
 
 def profile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``times``: median milliseconds by layer name over a few executions of ``arguments["engine"]``."""
-    trt, loaded = library(arguments["package"]), engine(arguments["package"], arguments["engine"])
+    """``times``: median milliseconds by layer name over a few executions of the loaded ``arguments["engine"]``."""
+    trt, loaded = library(arguments["package"]), arguments["engine"]
     taken: dict[str, list[float]] = {}
 
     class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]

@@ -13,12 +13,12 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import BundleError, TargetUnavailable
+from compressor.errors import BundleError
 from compressor.types import WEIGHT_ONLY, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
+from targets import _runtime
 from targets._artifacts import check_files, check_precision, describe
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ FIX = "pip install onnxruntime"
 
 def available() -> Availability:
     """Whether onnxruntime can be imported."""
-    if find_spec("onnxruntime") is None:
-        return Availability(available=False, reason="onnxruntime is not installed", fix=FIX)
-    import onnxruntime
-
-    return Availability(available=True, version=onnxruntime.__version__)
+    return _runtime.loads("onnxruntime", FIX)
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
@@ -77,11 +73,10 @@ def open(artifact: Artifact, threads: int = 1) -> OrtSession:
     """A session of `artifact` on `threads` threads.
 
     Raises:
-        TargetUnavailable: onnxruntime is not installed.
+        TargetUnavailable: onnxruntime is not installed, or does not load.
         BundleError: the file is missing, changed or not a model ONNX Runtime accepts.
     """
-    if find_spec("onnxruntime") is None:
-        raise TargetUnavailable("Target 'ort' must have onnxruntime installed, got none.", hint=FIX)
+    _runtime.require(NAME, "onnxruntime", FIX)
     check_files(artifact)
     return OrtSession(artifact, threads)
 
@@ -168,8 +163,12 @@ def _records(events: list[dict[str, Any]]) -> tuple[OpRecord, ...]:
 
 
 def _precision(args: Mapping[str, Any]) -> str:
-    """ "int8" when the node multiplies integers, else the dtype of its first input."""
-    types = [next(iter(shape)) for shape in args.get("input_type_shape", [])]
+    """ "int8" when the node reads 8-bit integers, to multiply or to move them, else the dtype of its first input.
+
+    DequantizeLinear, which makes floats of them, counts as what it makes.
+    """
+    side = "output_type_shape" if args.get("op_name") == "DequantizeLinear" else "input_type_shape"
+    types = [next(iter(shape)) for shape in args.get(side, [])]
     if not types:
         return ""
     return "int8" if types[0] in ("int8", "uint8") else {"float": "fp32"}.get(types[0], types[0])

@@ -7,12 +7,11 @@ a message on the terminal; here that is an error, and so is any node left to the
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from compressor.errors import BundleError, TargetUnavailable
 from compressor.types import Artifact, Availability, BuildOptions
-from targets import _tensorrt, ort
+from targets import _runtime, _tensorrt, ort
 from targets._artifacts import check_files, check_precision
 
 if TYPE_CHECKING:
@@ -29,11 +28,12 @@ FIX = "On a machine with an NVIDIA GPU: pip uninstall onnxruntime, then pip inst
 
 def available() -> Availability:
     """Whether this onnxruntime has the CUDA provider, and this machine a GPU."""
-    if find_spec("onnxruntime") is None:
-        return Availability(available=False, reason="onnxruntime is not installed", fix=FIX)
+    state = _runtime.loads("onnxruntime", FIX)
+    if not state.available:
+        return state
     import onnxruntime
 
-    version, has = onnxruntime.__version__, onnxruntime.get_available_providers()
+    version, has = state.version, onnxruntime.get_available_providers()
     if CUDA not in has:
         reason = f"onnxruntime {version} is built without {CUDA}; it has {', '.join(has)}"
         return Availability(available=False, version=version, reason=reason, fix=FIX)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Set
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.errors import BundleError, ConfigError, TargetUnavailable
+from compressor.errors import BundleError, ConfigError
 from compressor.types import WEIGHT_ONLY, Array, Artifact, Availability, BuildOptions, Capabilities, OpRecord
+from targets import _runtime
 from targets._artifacts import check_files, check_precision, describe
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ CAPABILITIES = Capabilities(
 HINT = "INFERENCE_PRECISION_HINT"  # of everything that is not int8; OpenVINO's default is bf16 where the CPU has it
 HINTS = {"fp32": "f32", "bf16": "bf16"} | dict.fromkeys(WEIGHT_ONLY, "f32")
 ROUNDING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the inputs of packed weights, to int8 by default; 0: they stay floats
+OFFERED = {HINT: ("f32", "bf16"), ROUNDING: ("0",)}  # what `build` and `variants` write, and all that `open` takes
 PRECISIONS = {"f32": "fp32", "i8": "int8", "u8": "int8"}  # OpenVINO's names, where ours differ
 RECORDED = ("layerType", "runtimePrecision", "originalLayersNames")
 NO_WORK = ("Input", "Output", "Reshape")  # listed in the execution graph; nothing is computed or moved for them
@@ -41,11 +43,7 @@ FIX = "pip install 'vitrim[openvino]'"
 
 def available() -> Availability:
     """Whether openvino can be imported."""
-    if find_spec("openvino") is None:
-        return Availability(available=False, reason="openvino is not installed", fix=FIX)
-    import openvino
-
-    return Availability(available=True, version=openvino.__version__)
+    return _runtime.loads("openvino", FIX)
 
 
 def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
@@ -60,7 +58,7 @@ def build(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:
     import onnx_ir
 
     check_precision(NAME, CAPABILITIES, options)
-    _require("openvino")
+    _runtime.require(NAME, "openvino", FIX)
     import openvino
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -85,25 +83,29 @@ def open(artifact: Artifact, threads: int = 1) -> OpenVinoSession:
     """A session of `artifact` on `threads` threads.
 
     Raises:
-        TargetUnavailable: openvino is not installed.
-        BundleError: a file is missing, changed or not a model OpenVINO accepts.
+        TargetUnavailable: openvino is not installed, or does not load.
+        BundleError: a file is missing, changed or not a model OpenVINO accepts, or a setting is not one of `OFFERED`.
     """
-    _require("openvino")
+    _runtime.require(NAME, "openvino", FIX)
     check_files(artifact)
     return OpenVinoSession(artifact, threads)
 
 
 class OpenVinoSession:
-    """Compiled for one image with fixed shapes, which is up to a tenth faster; once more for any batch when one comes."""
+    """Compiled for one image with fixed shapes, which is up to a tenth faster; once more for any batch when one comes.
+
+    Threads may share it: they take turns, since an infer request holds the tensors of one inference.
+    """
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self._artifact = artifact
         self._config = {
+            **_checked(artifact),
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(threads),
-            **artifact.settings,
         }
+        self._turn = threading.Lock()
         self._feed = artifact.inputs[0].name
         self._single = self._compile(self._config, fixed=True).create_infer_request()
         self._batched: openvino.InferRequest | None = None
@@ -112,15 +114,16 @@ class OpenVinoSession:
         """Outputs by name."""
         import openvino
 
-        request = self._single
-        if len(inputs[self._feed]) != 1:
-            if self._batched is None:
-                self._batched = self._compile(self._config, fixed=False).create_infer_request()
-            request = self._batched
-        # By position and without a copy: by name takes 15 us more, 3 % of the embedded model's time
-        pixels = np.ascontiguousarray(inputs[self._feed])
-        request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
-        outputs = request.infer().to_tuple()
+        with self._turn:
+            request = self._single
+            if len(inputs[self._feed]) != 1:
+                if self._batched is None:
+                    self._batched = self._compile(self._config, fixed=False).create_infer_request()
+                request = self._batched
+            # By position and without a copy: by name takes 15 us more, 3 % of the embedded model's time
+            pixels = np.ascontiguousarray(inputs[self._feed])
+            request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
+            outputs = request.infer().to_tuple()
         return {spec.name: value for spec, value in zip(self._artifact.outputs, outputs, strict=True)}
 
     def ops(self, inputs: Mapping[str, Array]) -> tuple[OpRecord, ...]:
@@ -155,6 +158,18 @@ class OpenVinoSession:
             raise BundleError(
                 f"{self._artifact.path}: must be a model OpenVINO accepts, got: {reason}.", hint="Build it again."
             ) from error
+
+
+def _checked(artifact: Artifact) -> Mapping[str, str]:
+    """The settings of `artifact`, which come from a manifest that nobody vouches for: OpenVINO has some that write files."""
+    for name, value in artifact.settings.items():
+        if value not in OFFERED.get(name, ()):
+            known = "; ".join(f"{key} {' or '.join(values)}" for key, values in OFFERED.items())
+            raise BundleError(
+                f"{artifact.path}: settings of target {NAME!r} must be among {known}, got {name} {value!r}.",
+                hint="Do not use this bundle.",
+            )
+    return artifact.settings
 
 
 def _settings(precision: str) -> dict[str, str]:
@@ -205,16 +220,11 @@ def _place(node: Any) -> str:
     return name if consumer is node else f"{consumer.get_friendly_name()}/{name}"
 
 
-def _require(package: str) -> None:
-    if find_spec(package) is None:
-        raise TargetUnavailable(f"Target 'openvino' must have {package} installed, got none.", hint=FIX)
-
-
 def _nncf(model: openvino.Model, options: BuildOptions) -> openvino.Model:
     if not options.calibration:
         raise ConfigError("BuildOptions.calibration must hold at least one batch for NNCF, got none.")
-    _require("nncf")
     os.environ.setdefault("NNCF_CI", "1")  # NNCF sends no telemetry then; nothing here talks to a network
+    _runtime.require(NAME, "nncf", FIX)
     import nncf
 
     images = [image[None] for batch in options.calibration for image in batch]

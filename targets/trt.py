@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.types import Artifact, Availability, BuildOptions
-from targets import _tensorrt, trt_rtx
+from targets import _runtime, _tensorrt, trt_rtx
 from targets._artifacts import check_chip
 from targets._tensorrt import CAPABILITIES, EngineSession
 
@@ -30,11 +30,8 @@ FIX = "On the machine with the GPU: pip install 'vitrim[tensorrt]' (Jetson: Tens
 
 def available() -> Availability:
     """Whether TensorRT can be imported, and runs: has a GPU here. Without it there are still build plans."""
-    if find_spec(PACKAGE) is None:
-        return Availability(available=False, reason="tensorrt is not installed", fix=FIX)
-    import tensorrt
-
-    return Availability(available=True, version=tensorrt.__version__, runs=_tensorrt.gpus() > 0)
+    state = _runtime.loads(PACKAGE, FIX)
+    return replace(state, runs=_tensorrt.gpus() > 0) if state.available else state
 
 
 def plan(graph: onnx_ir.Model, options: BuildOptions) -> Artifact:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +44,12 @@ WORKER = Path(__file__).with_name("_tensorrt_worker.py")
 def available() -> Availability:
     """Whether engines can be built here: the package is installed, or its environment is, which runs nothing."""
     if find_spec(PACKAGE) is not None:
-        return Availability(available=True, version=version("tensorrt_rtx_cu12_bindings"), runs=_tensorrt.gpus() > 0)
+        try:
+            found = version(RECIPE.package)
+        except PackageNotFoundError as error:
+            reason = f"{PACKAGE} is installed, but not as {RECIPE.package}: {error}"
+            return Availability(available=False, reason=reason, fix=FIX)
+        return Availability(available=True, version=found, runs=_tensorrt.gpus() > 0)
     return replace(_venv.availability(RECIPE), runs=False)
 
 

@@ -65,7 +65,7 @@ def render(report: Json) -> str:
     try:
         content = {name: section(report) for name, section in sections.items()}
         return page("report", model=str(report["model"]), legend=_legend(report), **content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(
             f"report: must be what `vitrim compress` writes: {what}.", hint="Make the bundle again."

@@ -223,7 +223,7 @@ def resealed(folder: Path, **content: object) -> Bundle:
 def test_of_what_a_device_returns_only_the_engine_is_taken_over(sent, tmp_path):
     with np.load(sent[1] / "golden.npz") as stored:
         np.savez(sent[1] / "golden.npz", **{**stored, "inputs": stored["inputs"] * 0})
-    ours, theirs = Bundle.open(sent[0]), resealed(sent[1], labels=["planted"], seed=7)
+    ours, theirs = Bundle.open(sent[0]), resealed(sent[1], labels=["planted"] * 10, seed=7)
     (sent[1] / "unlisted").write_text("planted")
     build_plan.adopt(ours, theirs, "planned", tmp_path / "out")
     out = Bundle.open(tmp_path / "out")

@@ -1,15 +1,17 @@
 """What `vitrim verify` and `vitrim report` answer, on a bundle of a tiny network."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from compressor import checkpoint
 from compressor.candidates import build
-from compressor.inference import verify_bundle, write_report
+from compressor.errors import ConfigError
+from compressor.inference import Source, evaluate_source, verify_bundle, write_report
 from compressor.manifest import artifact_entry, seal
 from compressor.output import zip_folder
 from compressor.types import BuildOptions
@@ -69,6 +71,30 @@ def test_reports_of_versions_do_not_replace_each_other(bundle, tmp_path):
     written = [write_report(bundle.rename(tmp_path / "b.v1"), None), write_report(tmp_path / "z.v1.zip", None)]
     assert [path.name for path in written] == ["b.v1.html", "z.v1.html"]
     assert "<html" in written[0].read_text()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three images without labels."""
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((32, 32, 3), 80 * i, np.uint8)).save(tmp_path / f"photos/{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_target_without_float_is_evaluated_against_the_float_model_elsewhere(bundle, photos, monkeypatch):
+    from compressor import candidates
+
+    built, real = [], candidates.open_model
+    monkeypatch.setattr(candidates, "open_model", lambda m, name, *rest: (built.append(name), real(m, name, *rest))[1])
+    for _ in range(2):
+        found = evaluate_source(Source(str(bundle), "null"), str(photos), None, lambda *_: None)
+        assert (found["target"], found["n"], found["agreement"], found["flips"]) == ("null", 3, 100.0, 0)
+        # from here on as an NPU's target is
+        monkeypatch.setattr(null, "CAPABILITIES", replace(null.CAPABILITIES, precisions=("w8a8",)))
+    assert built == ["null", "ort"]
+    with pytest.raises(ConfigError, match="must be one of w8a8"):  # the control: it does refuse float
+        evaluate_source(Source("demo", "null"), str(photos), None, lambda *_: None)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -138,6 +138,11 @@ def test_a_contact_sheet_from_elsewhere_is_refused() -> None:
         ({"targets": [{}]}, "is missing"),
         ({"reference": None}, "NoneType"),
         ({"blocks": [3]}, "not subscriptable|not iterable"),
+        ({"reference": {**report()["reference"], "params": 0}}, "division by zero"),
+        (
+            {"targets": [{**report()["targets"][0], "latency_ms": dict.fromkeys(("min", "p50", "p90"), 0.0)}]},
+            "division",
+        ),
     ],
 )
 def test_render_refuses_what_is_not_a_report(change: dict[str, Any], text: str) -> None:

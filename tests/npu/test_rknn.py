@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import calibration
+from compressor import checkpoint
 from compressor.errors import BundleError, ConfigError, ParityError, TargetUnavailable
+from compressor.inference import Source, evaluate_source
 from compressor.lower import lower
+from compressor.manifest import artifact_entry, seal
 from compressor.types import BuildOptions
 from targets import _choice, _estimate, rknn
 from targets._venv import Limits
@@ -109,6 +115,23 @@ def test_the_simulated_chip_computes_the_model(built):
     assert got.shape == (4, 10) and cosine(got, want) > 0.99
     assert cosine(got[::-1], want) < 0.99  # control: other images' logits are further away
     assert session.ops({}) == session.estimate().ops
+
+
+@needs_toolkit
+def test_a_bundle_is_evaluated_against_its_float_model(built, tmp_path):
+    model, artifact = built
+    bundle, home = tmp_path / "b", tmp_path / "b/targets/rknn"
+    checkpoint.save(model, bundle)
+    shutil.copytree(artifact.path.parent, home)
+    moved = replace(artifact, path=home / artifact.path.name, files=tuple(home / f.name for f in artifact.files))
+    np.savez(bundle / "golden.npz", inputs=images(model, 1))
+    content = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}
+    content |= {"spec": asdict(model.spec), "preprocess": asdict(model.preprocess), "labels": [], "seed": 0}
+    seal(bundle, {**content, "targets": {"rknn": artifact_entry(moved, bundle).model_dump()}})
+    with np.load(Path(calibration.__file__).parents[1] / "compressor/demo/evaluation.npz") as data:
+        np.savez(tmp_path / "few.npz", images=data["images"][:20], labels=data["labels"][:20])
+    found = evaluate_source(Source(str(bundle), "rknn"), str(tmp_path / "few.npz"), None, lambda *_: None)
+    assert (found["target"], found["n"]) == ("rknn", 20) and found["agreement"] >= 80 and found["mean_cosine"] > 0.99
 
 
 @needs_toolkit

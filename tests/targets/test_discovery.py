@@ -55,6 +55,18 @@ def test_an_incomplete_target_is_an_error(tmp_path):
     assert "my_chip must define NAME, CAPABILITIES, available, build and open, got no open" in said
 
 
+def test_a_target_that_does_not_load_stops_no_other(tmp_path):
+    package = install(tmp_path, "mychip")
+    state = "s = targets.get('my_chip').available(); print(s.available, s.reason)"
+    (tmp_path / "my_chip.py").write_text("import a_module_that_is_not_there\n")
+    assert {"ort", "my_chip"} <= set(ask(package, "print(*targets.names())").split())
+    said = ask(package, state)
+    assert said == "False my_chip does not load: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
+    assert "TargetUnavailable: Target 'my_chip': my_chip does not load" in ask(
+        package, "targets.get('my_chip').open(0)"
+    )
+
+
 @pytest.mark.parametrize("name", targets.names())
 def test_the_name_is_the_modules_own(name):
     assert name == targets.get(name).NAME

@@ -13,8 +13,9 @@ import targets
 from compressor.kernels import int8_share
 from compressor.lower import lower
 from compressor.roofline import work
-from compressor.types import Artifact, BuildOptions, Model, OpRecord, Precision, QParams, Quantization
+from compressor.types import Artifact, BuildOptions, Model, OpRecord, Precision, QParams, Quantization, TensorSpec
 from targets import ov
+from targets._artifacts import digest
 from tests.models import BASE, SPECS, linear_sites, minmax, random_model, random_pixels, torch_logits, with_scores
 
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulIntegerToFloat", "FullyConnected", "Convolution", "Conv")
@@ -112,6 +113,27 @@ def test_ort_optimizes_no_weight_back_to_float(tmp_path):
     assert set(weights.values()) == {onnx.TensorProto.INT8}
     readers = {name: [n.op_type for n in graph.node if name in n.input] for name in weights}
     assert all(types == ["MatMulIntegerToFloat"] for types in readers.values())
+
+
+def test_unpacking_integers_is_no_work_in_integers(tmp_path):
+    """Moving them is; of a node that makes floats of them the gate's share of int8 time must not be made."""
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["pixels", "scale", "zero"], ["packed"], name="pack"),
+        onnx.helper.make_node("Transpose", ["packed"], ["moved"], name="move", perm=[1, 0]),
+        onnx.helper.make_node("DequantizeLinear", ["moved", "scale", "zero"], ["logits"], name="unpack"),
+    ]
+    pixels, logits = (
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4, 4]) for n in ("pixels", "logits")
+    )
+    grid = [onnx.numpy_helper.from_array(a, n) for n, a in (("scale", np.float32(0.1)), ("zero", np.int8(0)))]
+    graph = onnx.helper.make_graph(nodes, "g", [pixels], [logits], grid)
+    opset = [onnx.helper.make_opsetid("", 20)]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString())
+    ends = tuple((TensorSpec(name, "float32", (4, 4)),) for name in ("pixels", "logits"))
+    artifact = Artifact("ort", path, digest((path,)), path.stat().st_size, "w8a8", *ends)
+    records = targets.get("ort").open(artifact).ops({"pixels": np.ones((4, 4), np.float32)})
+    assert {r.name: r.precision for r in records} == {"pack": "fp32", "move": "int8", "unpack": "fp32"}
 
 
 def test_bf16_is_executed_where_the_processor_has_it(tmp_path):

@@ -1,5 +1,6 @@
 """The strongly typed graph and the build plan, which need neither TensorRT nor a GPU."""
 
+import json
 import re
 from dataclasses import replace
 from importlib.util import find_spec
@@ -181,6 +182,20 @@ def test_layer_table_is_read():
     assert (product.multiplies, product.precision, product.writes) == (True, "int8", ("fp16",))
     assert product.nodes == ("blocks.0.fc1.matmul", "blocks.0.fc1.add")
     assert (attention.fused_attention, attention.reads, attention.writes) == (True, ("fp16",), ("int8",))
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"layers": 3}'])
+def test_an_engine_without_its_layers_is_refused(content, tmp_path):
+    made, listing = plan(tmp_path), tmp_path / "fp32.layers.json"
+    listing.write_text(json.dumps({"layers": TABLE}))
+    whole = replace(made, files=(made.path, listing))
+    assert len(_tensorrt.records(whole, {})) == 3  # the control
+    if content is None:
+        whole = made
+    else:
+        listing.write_text(content)
+    with pytest.raises(BundleError, match="must have its list of layers beside it"):
+        _tensorrt.records(whole, {})
 
 
 def test_findings_count_what_was_not_asked_for():

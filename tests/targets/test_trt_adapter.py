@@ -163,6 +163,12 @@ def test_portable_engines_are_asked_for_by_the_chip(release, tmp_path):
         built(tmp_path, "SM89")
 
 
+def test_a_plan_that_names_no_chip_is_for_this_gpu(release, tmp_path):
+    planned = trt.plan(lower(model(PLAIN), trt.CAPABILITIES), BuildOptions(tmp_path, "fp16"))
+    made = trt.build_engine(replace(planned, settings={"stage": "plan"}), tmp_path)
+    assert made.settings["chip"] == "" and made.path.is_file()
+
+
 def test_timings_are_reused(release, tmp_path):
     built(tmp_path)
     assert "timings b''" in said()
