@@ -39,7 +39,7 @@ from compressor.prune.surgery import (
     opened,
     queries_keys,
 )
-from compressor.prune.vo import block_diagonal, reduce_values, remove_heads
+from compressor.prune.vo import block_diagonal, evened, reduce_values, remove_heads
 from compressor.types import BlockSpec
 from compressor.vit import Block
 
@@ -164,6 +164,7 @@ class SequentialPass:
         kept = torch.arange(spec.heads * spec.v_dim, device=anchor.device)
         if rank < spec.v_dim:
             basis, _ = reduce_values(fit.objective(held).damped(DEFAULT, anchor), spec.heads, rank)
+            basis = evened(basis, double(small.v.weight) * double(small.norm1.weight))
             fold_heads(small, "v", basis)
             kept = block_diagonal(basis)  # (H * Dv, H * r)
         fitted = fold(fit, held, anchor, kept, self._damping)

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibration import data
 from calibration.observe import ObservePlan, observe
+from compressor import checkpoint
 from compressor.errors import ConfigError, DataError
 from compressor.prune import CorpConfig, ObsConfig, Pruned, configure, corp, obs, prune
 from compressor.prune.importance import least_important, output_error, weight_entropy
@@ -331,3 +333,28 @@ def test_prune_dispatches_on_the_configuration() -> None:
     config = configure("obs", {"mlp_ratio": 0.5, "qk_ratio": 0.0, "vo_ratio": None})
     result = prune(model, lambda: [images], config, lambda module, batches: pytest.fail("obs takes its own sums"))
     assert result.model.spec.blocks[0].mlp_dim == 10
+
+
+def test_pruned_values_share_a_grid_well() -> None:
+    """Their scales do not change the network, but what one int8 grid for a whole layer's values does to it: embedded model."""
+    model = checkpoint.load("demo")
+    model = model.with_weights(replace(model.spec, blocks=model.spec.blocks[:2]), {})
+    images = next(iter(data.batches(data.open_images("demo", limit=48), model.preprocess, 48)))
+
+    def rounded(_: object, __: object, values: torch.Tensor) -> torch.Tensor:
+        step = values.abs().max() / 127
+        return (values / step).round() * step
+
+    def outcome() -> tuple[np.ndarray, float]:
+        module = to_torch(obs.prune(model, lambda: iter([images]), ObsConfig(vo_ratio=0.5), "cpu").model)
+        want = module(torch.from_numpy(images)).numpy()
+        for block in module.blocks:
+            block.v.register_forward_hook(rounded)
+        return want, float(np.square(module(torch.from_numpy(images)).numpy() - want).mean())
+
+    even, error = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.prune.sequential.evened", lambda basis, weight: basis)
+        uneven, rough = outcome()
+    assert np.abs(even - uneven).max() < 1e-3 * np.abs(even).max()
+    assert error < 0.1 * rough

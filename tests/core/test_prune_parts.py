@@ -23,7 +23,7 @@ from compressor.prune.regress import fold
 from compressor.prune.sequential import SequentialPass
 from compressor.prune.stream import TokenStream
 from compressor.prune.surgery import opened, queries_keys
-from compressor.prune.vo import block_diagonal, reduce_values, remove_heads
+from compressor.prune.vo import block_diagonal, evened, reduce_values, remove_heads
 from compressor.types import BlockSpec, VitSpec
 from compressor.vit import Block
 
@@ -249,6 +249,25 @@ def test_reduce_values_keeps_what_is_written() -> None:
     assert weight is not None
     torch.testing.assert_close(weight @ block_diagonal(basis).mT, q.cross @ torch.linalg.inv(q.hessian))
     assert errors[4] < 1e-12 and (errors.diff() <= 1e-12).all() and errors[0] == pytest.approx(1)
+
+
+def test_evened_features_are_of_one_size_and_span_what_they_did() -> None:
+    """Control: of the basis itself, made for unit variance behind the attention, they are not; one that reads nothing stays."""
+    heads, width, channels = 3, 8, 20
+    weight = random(heads * width, channels)
+    basis, _ = reduce_values(quadratic(heads * width, channels), heads, 4)
+    basis[1, :, 2] = 0.0
+    even = evened(basis, weight)
+    rows = weight.reshape(heads, width, channels)
+
+    def sizes(of: Tensor) -> Tensor:
+        found: Tensor = (of.mT @ rows).norm(dim=2).flatten()
+        return found[found > 0]
+
+    assert torch.allclose(sizes(even), rows.norm(dim=2).square().mean().sqrt().expand(heads * 4 - 1))
+    assert sizes(basis).max() > 2 * sizes(basis).min()
+    scale = (even * basis).sum(1) / basis.square().sum(1).clamp(min=1e-12)  # (H, r): each only scaled
+    assert torch.allclose(even, basis * scale[:, None]) and even[1, :, 2].eq(0).all()
 
 
 def test_reduce_values_finds_a_low_rank() -> None:
