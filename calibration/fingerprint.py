@@ -18,7 +18,7 @@ from calibration.select import Features, Selector, checked, shares
 from compressor.errors import ConfigError, DataError
 from compressor.types import Array
 
-__all__ = ["Fingerprint", "fingerprint", "matched", "read_fingerprint", "write_fingerprint"]
+__all__ = ["Fingerprint", "as_json", "fingerprint", "matched", "read_fingerprint"]
 
 SCHEMA = 1
 
@@ -89,8 +89,8 @@ def fingerprint(pool: Features, model: str, components: int, rng: np.random.Gene
     return Fingerprint(fit.weights_, fit.means_, fit.covariances_, model, len(pool))
 
 
-def write_fingerprint(mixture: Fingerprint, path: Path) -> None:
-    """One JSON file with the mixture's parameters, rounded to float32."""
+def as_json(mixture: Fingerprint) -> str:
+    """The text of a fingerprint file: the mixture's parameters, rounded to float32."""
 
     def plain(values: Array) -> Any:
         return np.asarray(values, dtype=np.float32).astype(float).tolist()
@@ -103,11 +103,11 @@ def write_fingerprint(mixture: Fingerprint, path: Path) -> None:
         "means": plain(mixture.means),
         "variances": plain(mixture.variances),
     }
-    path.write_text(json.dumps(content), encoding="utf-8")
+    return json.dumps(content)
 
 
 def read_fingerprint(path: Path, model: str) -> Fingerprint:
-    """The mixture `write_fingerprint` wrote with the same model.
+    """The mixture of a file with the text `as_json` with the same model.
 
     Raises:
         DataError: not a fingerprint, damaged, or of another model.
@@ -118,8 +118,12 @@ def read_fingerprint(path: Path, model: str) -> Fingerprint:
             np.asarray(content[k], dtype=np.float64) for k in ("weights", "means", "variances")
         )
         origin, images = str(content["model"]), int(content["images"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path}: must be a fingerprint file, got {type(error).__name__}: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{path}: must be a fingerprint file, got {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{path}: must be a fingerprint file, got something else ({error}).", hint="`vitrim fingerprint` makes one."
+        ) from error
     shapes = weights.ndim == 1 and means.ndim == 2 and means.shape == variances.shape and len(means) == len(weights) > 0
     values = shapes and all(np.isfinite(v).all() for v in (weights, means, variances))
     shares = values and ((weights >= 0) & (weights <= 1)).all() and weights.any()

@@ -244,14 +244,17 @@ def fingerprint(
     arch: Arch = None,
     components: Annotated[int, typer.Option(min=1, help="Gaussians of the mixture.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the fit.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
 ) -> Result:
     """Describe a device's images by a Gaussian mixture, for `compress --match`: no image leaves the device."""
-    from calibration.fingerprint import write_fingerprint
+    from calibration.fingerprint import as_json
     from compressor.loading import load_model
+    from compressor.output import check_file, write_text
     from compressor.stages import fingerprint_images
 
+    check_file(out, force=force)
     found = fingerprint_images(images, load_model(model, arch=arch), components, seed, console.progress)
-    write_fingerprint(found, out)
+    write_text(out, as_json(found))
     facts = {"fingerprint": str(out), "images": found.images, "components": components, "model": found.model}
     return Result(
         facts, [f"Wrote {out}: {components} Gaussians over {found.images} images, no image and no feature of one"]

@@ -65,13 +65,15 @@ def folder_output(out: Path, *, force: bool) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends without an error, and vanishes when it does not.
 
     Raises:
-        ConfigError: `out` exists and is not empty, without `force`; with it, it is no bundle; or it cannot be replaced.
+        ConfigError: `out` exists and is not empty, without `force`; with it, it is no bundle; or it cannot be replaced. The
+            same when the block ends, for what appeared meanwhile.
     """
     _check(out, force=force)
     out = out.resolve()  # a link stays, and what it leads to is replaced
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield work
+        _check(out, force=force)  # again: another run, or somebody, may have put something there since
         work.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)
@@ -96,6 +98,7 @@ def file_or_folder(out: Path, *, force: bool, zipped: bool) -> Iterator[Path]:
     _check(out, force=force, zipped=True)
     with tempfile.TemporaryDirectory(prefix="vitrim-") as work:
         yield Path(work)
+        _check(out, force=force, zipped=True)
         zip_folder(Path(work), out)
 
 
@@ -120,7 +123,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`text` at `path`, complete or not at all; returns `path`. A pipe or a terminal is written to as it is."""
+    """`text` at `path`, complete or not at all; returns `path`. A pipe or a terminal is written to as it is.
+
+    Raises:
+        ConfigError: `path` is a folder or lies in none.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: output must be a file, got a folder.", hint="Choose another name.")
+    _check_parent(path)
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return path

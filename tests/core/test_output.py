@@ -99,3 +99,34 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     finally:
         os.close(reader)
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"] and not pipe.is_file()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_appeared_during_the_work_is_not_replaced(tmp_path: Path, zipped: bool) -> None:
+    """Another run's bundle, or somebody's folder; with force a bundle is replaced, and a folder still is not."""
+
+    def run(out: Path, appeared: str, *, force: bool = False) -> None:
+        with file_or_folder(out, force=force, zipped=zipped) as folder:
+            (folder / "manifest.json").write_text("new")
+            if zipped and appeared == "manifest.json":
+                out.write_text("theirs")
+            else:
+                out.mkdir()
+                (out / appeared).write_text("theirs")
+
+    for name, appeared, force in (("a", "manifest.json", False), ("b", "thesis.txt", False), ("c", "thesis.txt", True)):
+        with pytest.raises(ConfigError, match=r"must not exist|bundles only|must not take"):
+            run(tmp_path / name, appeared, force=force)
+        kept = tmp_path / name if (tmp_path / name).is_file() else tmp_path / name / appeared
+        assert kept.read_text() == "theirs"
+    run(tmp_path / "d", "manifest.json", force=True)
+    assert (tmp_path / "d").is_file() is zipped
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("none/x.html", "the folder .*none must exist"), (".", "must be a file")])
+def test_a_text_that_cannot_be_written_is_named_as_it_was_given(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        write_text(tmp_path / name, "text")
+    assert ".partial" not in str(caught.value)
+    assert write_text(tmp_path / "x.html", "text").read_text() == "text"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.fingerprint import Fingerprint, fingerprint, matched, read_fingerprint, write_fingerprint
+from calibration.fingerprint import Fingerprint, as_json, fingerprint, matched, read_fingerprint
 from calibration.select import Features, coarse_to_fine, features, k_centre, random
 from compressor.errors import ConfigError, DataError
 from compressor.types import BlockSpec, VitSpec
@@ -82,7 +82,7 @@ def test_matched_selection_follows_the_device_not_the_pool():
 
 def test_fingerprint_survives_its_file(tmp_path):
     mixture = fingerprint(pool((10, 20))[0], MODEL, 2, generator())
-    write_fingerprint(mixture, tmp_path / "device.json")
+    (tmp_path / "device.json").write_text(as_json(mixture))
     again = read_fingerprint(tmp_path / "device.json", MODEL)
     assert np.allclose(again.weights, mixture.weights, atol=1e-6)  # float32 in the file
     assert np.allclose(again.means, mixture.means, atol=1e-5)
@@ -108,21 +108,21 @@ def test_fingerprint_survives_its_file(tmp_path):
         ({"weights": [float("nan"), 1.0]}, "damaged"),
         ({"weights": [0.0, 0.0]}, "damaged"),
         ({"weights": [0.5, 2.0]}, "damaged"),
-        ({"weights": [10**400, 1]}, "must be a fingerprint file, got OverflowError"),
-        ({"images": float("inf")}, "must be a fingerprint file, got OverflowError"),
+        ({"weights": [10**400, 1]}, "must be a fingerprint file, got something else"),
+        ({"images": float("inf")}, "must be a fingerprint file, got something else"),
     ],
 )
 def test_damaged_fingerprints_are_refused(tmp_path, change, message):
     path = tmp_path / "device.json"
-    write_fingerprint(fingerprint(pool((10, 20))[0], MODEL, 2, generator()), path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    content = json.loads(as_json(fingerprint(pool((10, 20))[0], MODEL, 2, generator())))
+    path.write_text(json.dumps(content | change))
     with pytest.raises(DataError, match=message):
         read_fingerprint(path, MODEL)
 
 
 def test_a_file_nested_without_end_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match="must be a fingerprint file, got RecursionError"):
+    with pytest.raises(DataError, match="must be a fingerprint file, got something else"):
         read_fingerprint(tmp_path / "deep.json", MODEL)
 
 
@@ -134,7 +134,7 @@ def test_a_fingerprint_of_one_image_is_refused():
 
 
 def test_missing_file_wrong_width_and_too_many_components_are_refused(tmp_path):
-    with pytest.raises(DataError, match="must be a fingerprint file, got FileNotFoundError"):
+    with pytest.raises(DataError, match="must be a fingerprint file, got No such file"):
         read_fingerprint(tmp_path / "none.json", MODEL)
     narrow = Fingerprint(np.ones(1), np.zeros((1, 2)), np.ones((1, 2)), MODEL, 1)
     with pytest.raises(DataError, match="must have width 4 of this model, got 2"):
