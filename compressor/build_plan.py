@@ -148,6 +148,12 @@ def check_bundle(path: Path, name: str, chip: str = "") -> Result:
 
 
 def _plan_of(bundle: Bundle, path: Path, name: str) -> Artifact:
+    planner(name)
+    if name not in bundle.manifest.targets:
+        raise BundleError(
+            f"{path}: must hold a build plan for target {name!r}, got {', '.join(bundle.manifest.targets)}.",
+            hint=f"Make one: vitrim compress MODEL --target {name} --out BUNDLE.",
+        )
     planned = bundle.artifact(name)
     if planned.settings.get("stage") != "plan":
         raise BundleError(

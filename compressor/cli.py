@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from compressor import cli_build, cli_device, cli_gate, cli_pages, cli_search, console
-from compressor.console import Console, command
+from compressor.console import Console, Threads, command
 from compressor.result import Result
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings=console.HELP,
     help="A trained Vision Transformer in; the smallest, fastest, proven model for one edge device out.",
     epilog="\b\nFirst steps:\n  vitrim compress demo --mlp-ratio 0.5 --qk-ratio 0.5 --out b\n  vitrim verify b",
 )
@@ -40,7 +41,6 @@ ImageSize = Annotated[int | None, typer.Option(help="Resample position embedding
 Target = Annotated[
     str | None, typer.Option(help="Target to run on; default: the bundle's first one available, or ort.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 On = Annotated[str, typer.Option(help="Where to run: local, ssh://user@host[:port], adb://SERIAL, or a named device.")]
 
 
@@ -274,7 +274,9 @@ def profile(
     target: Target = None,
     threads: Threads = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 1,
-    streams: Annotated[int, typer.Option(min=0, help="Also measure the throughput of this many sessions at once.")] = 0,
+    streams: Annotated[
+        int, typer.Option(min=0, max=256, help="Also measure the throughput of this many sessions at once.")
+    ] = 0,
     per_op: Annotated[bool, typer.Option("--per-op", help="Add the runtime's own table of operations.")] = False,
     arch: Arch = None,
     device: On = "local",
@@ -300,7 +302,11 @@ def evaluate(
     console: Console,
     source: Either,
     data: Annotated[
-        str, typer.Option(help="Labelled images: a folder of class folders, .npz, or demo:eval.", show_default=False)
+        str,
+        typer.Option(
+            help="Images: a folder of class folders, .npz, or demo:eval; without labels, agreement alone.",
+            show_default=False,
+        ),
     ],
     target: Target = None,
     threads: Threads = 1,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.console import Console, command
+from compressor.console import Console, Threads, command
 from compressor.errors import ConfigError
 from compressor.result import Result
 
@@ -36,7 +36,7 @@ def build(
         bool, typer.Option("--check", help="Only say what TensorRT-RTX makes of the plans; needs no GPU.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time that engines are tuned for and raced with.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Threads = 1,
     device: Annotated[
         str, typer.Option(help="Where to build: local, ssh://user@host[:port], adb://SERIAL, or a named device.")
     ] = "local",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.console import Console, command
+from compressor.console import HELP, Console, command
 from compressor.result import Result
 
 __all__ = ["app"]
@@ -15,6 +15,8 @@ app = typer.Typer(
     name="device",
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings=HELP,
+    epilog="\b\nExamples:\n  vitrim device add pi ssh://pi@192.168.1.20\n  vitrim profile b --device pi",
     help="Name the machines that --device runs on. No passwords are kept: ssh uses your keys, and never prompts.",
 )
 Name = Annotated[str, typer.Argument(metavar="NAME", help="As given to --device.", show_default=False)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.console import Console, command
+from compressor.console import Console, Threads, command
 from compressor.result import Result
 
 __all__ = ["app"]
@@ -44,7 +44,7 @@ def gate(
         bool, typer.Option("--cross-device", help="Allow a stored profile of another machine.")
     ] = False,
     target: Annotated[str | None, typer.Option(help="Target to run on (default: the first one available).")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Threads = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 1,
     budget: Annotated[float, typer.Option(min=1, help="Seconds after which no pair of processes is begun.")] = 240.0,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,

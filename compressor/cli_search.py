@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.console import Console, command
+from compressor.console import Console, Threads, command
 from compressor.result import Result
 
 __all__ = ["app"]
@@ -39,7 +39,7 @@ def search_sizes(
     calib_size: Annotated[int, typer.Option(help="Calibration images used, at most.")] = 512,
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare weights file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Threads = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do every stage again.")] = False,
 ) -> Result:

@@ -81,6 +81,7 @@ class Console:
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
+Threads = Annotated[int, typer.Option(min=1, max=256, help="CPU threads.")]
 COMMON = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")],
     "verbose": Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and runtime warnings.")],
@@ -163,6 +164,9 @@ def main(app: typer.Typer) -> int:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: `vitrim ... | head`
             return INTERRUPTED
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help itself; recent typer brings its own copy of click
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            return 2
         # A signal that arrives while a library is being imported comes back as that library's own ImportError.
         code, failure = _explain(KeyboardInterrupt() if asked else error)
         if verbose:

@@ -67,6 +67,8 @@ def open_source(source: Source, stack: ExitStack) -> Opened:
     """The bundle on its target, or the model in float on its target (default ort)."""
     if is_bundle(source.path):
         bundle = stack.enter_context(Bundle.open(source.path))
+        if source.arch is not None:
+            raise ConfigError(f"arch must not be given with a bundle, which knows its own, got {source.arch!r}.")
         name = source.target or bundle.default_target
         artifact = bundle.artifact(name)
         opener: Callable[[], Session] = partial(targets.get(name).open, artifact, threads=source.threads)
@@ -160,6 +162,7 @@ def evaluate_source(source: Source, images: str, reference: str | None, progress
         "target": opened.target,
         "precision": opened.artifact.precision,
         "data": images,
+        "reference": (reference or source.path) if rival else None,
         "calibrated_on_them": seen > 0,
         "calibration_images": seen,
         **found,
@@ -191,13 +194,13 @@ def verify_bundle(path: Path, target: str | None, signers: Path | None = None) -
 
 
 def open_to_verify(path: Path) -> Bundle:
-    """The bundle at `path`; one that fails its own hashes is a failed verification (exit code 1), not a usage error."""
+    """The bundle at `path`; one that fails its own hashes has failed verification (exit code 1), no bundle is bad input."""
     if not path.exists():
         raise BundleError(f"{path}: a bundle must be a folder or a .zip file, found neither.", hint="Check the path.")
     try:
         return Bundle.open(path)
     except BundleError as error:
-        error.exit_code = 1
+        error.exit_code = 1 if is_bundle(str(path)) else 2
         raise
 
 

@@ -147,9 +147,9 @@ def accuracy(found: Json) -> list[Any]:
     if found["top1"] is not None:
         lines.append(f"  top-1 {_percent(found['top1'], found['top1_ci95'])}, top-5 {_percent(found['top5'])}")
     if found["agreement"] is not None:
-        lines.append(
-            f"  agreement {_percent(found['agreement'])}, {found['flips']} flips, mean cosine {found['mean_cosine']:.5f}"
-        )
+        rival = "its own float model" if found["reference"] == found["source"] else found["reference"]
+        same = f"same class as {rival}: {_percent(found['agreement'])}, {found['flips']} flips"
+        lines.append(f"  {same}, mean cosine {found['mean_cosine']:.5f}")
     if found["calibrated_on_them"]:
         seen = f"{found['calibration_images']} of these images"
         lines.append(f"  The bundle was calibrated on {seen}: measure on others (embedded: demo:eval).")

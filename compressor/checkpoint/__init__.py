@@ -98,7 +98,7 @@ def _size(image_size: int | tuple[int, int] | None) -> Size | None:
         return None
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
-        raise ConfigError(f"image_size must be at least one patch, got {height} x {width}.")
+        raise ConfigError(f"image_size must be positive, got {height} x {width}.")
     return height, width
 
 
