@@ -39,6 +39,7 @@ from compressor import checkpoint
 from compressor.errors import VitrimError
 from compressor.lower import lower
 from compressor.prune import ObsConfig, obs
+from compressor.prune.obs import uniform
 from compressor.stages import torch_logits
 from compressor.types import Array, Artifact, BlockSpec, BuildOptions, Model, Precision, Preprocess, VitSpec
 from targets import _estimate, bpu
@@ -52,17 +53,23 @@ CALIBRATION = 100
 # --------------------------------------------------------------------------- the networks
 
 
-def deit(size: str, depth: int, kept: float = 1.0) -> Model:
-    """Random weights; the share `kept` of every block's hidden units and heads, or of every head where heads do not divide."""
+def deit(size: str, depth: int, config: ObsConfig | None = None) -> Model:
+    """Random weights, of the sizes that `config` leaves."""
     width, heads = WIDTHS[size]
-    whole = (heads * kept).is_integer()
-    head = 64 if whole else round(64 * kept)
-    block = BlockSpec(round(heads * kept) if whole else heads, head, head, round(4 * width * kept))
-    spec = VitSpec((224, 224), (16, 16), 3, width, (block,) * depth)
+    whole = BlockSpec(heads, 64, 64, 4 * width)
+    spec = VitSpec((224, 224), (16, 16), 3, width, (uniform(whole, config) if config else whole,) * depth)
     rng = np.random.default_rng(0)
     weights = {n: (0.02 * rng.standard_normal(s)).astype(np.float32) for n, s in spec.shapes().items()}
     ones = {n: np.ones_like(w) for n, w in weights.items() if "norm" in n and n.endswith("weight")}
     return Model(spec, weights | ones, Preprocess(spec.image_size))
+
+
+def half(target: str, *, heads: bool) -> ObsConfig:
+    """Half of every MLP, and of the heads or of every head, rounded as `compress` does for `target` alone."""
+    form = targets.get(target).CAPABILITIES
+    inside, whole = (0.0, 0.5) if heads else (0.5, 0.0)
+    rows = int(form.softmax == "exp")
+    return ObsConfig(0.5, inside, inside, whole, width_multiple=form.width_multiple, value_rows=rows)
 
 
 class PlainBlock(nn.Module):
@@ -144,13 +151,6 @@ def export(model: Model, opset: int) -> onnx_ir.Model:
         return graph
 
 
-def pruned(model: Model, calibration: Array) -> Model:
-    """The trained `model` with half of every MLP and half of every head's dimensions removed, in multiples of 8."""
-    return obs.prune(
-        model, lambda: iter(np.split(calibration, 2)), ObsConfig(0.5, 0.5, 0.5, width_multiple=8), "cpu"
-    ).model
-
-
 @dataclass(frozen=True)
 class Job:
     """One network for one compiler; `trained` brings the evaluation images and their labels."""
@@ -175,8 +175,7 @@ class Job:
         form = targets.get(self.target).CAPABILITIES
         for wanted in self.args.forms:
             if wanted == "half":
-                args = self.args
-                small = pruned(self.model, self.calibration) if self.trained else deit(args.size, args.depth, 0.5)
+                small = self.pruned()
                 yield wanted, small, lower(small, form)
             else:
                 yield (
@@ -184,6 +183,14 @@ class Job:
                     self.model,
                     export(self.model, form.opset) if wanted == "plain" else lower(self.model, form),
                 )
+
+    def pruned(self) -> Model:
+        """Half: of a DeiT shape the sizes alone, of a trained model by `compress`'s pruner on the calibration images."""
+        if self.trained is None:
+            even = WIDTHS[self.args.size][1] % 2 == 0
+            return deit(self.args.size, self.args.depth, half(self.target, heads=even))
+        config, passes = half(self.target, heads=False), np.split(self.calibration, 2)
+        return obs.prune(self.model, lambda: iter(passes), config, "cpu").model
 
     def accuracy(self, model: Model, artifact: Artifact) -> str:
         """How many images float and the artifact put in one class, and the top-1 of both in per cent."""

@@ -166,7 +166,9 @@ def prune_options(recipe: Recipe) -> dict[str, Any]:
     options["damping"] = None if recipe.damping == "auto" else recipe.damping  # each pruner knows its own default
     if recipe.pruner == "obs":
         options["importance"] = recipe.importance
-        options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
+        forms = [targets.get(t).CAPABILITIES for t in recipe.targets]
+        options["width_multiple"] = max(form.width_multiple for form in forms)
+        options["value_rows"] = int(all(form.softmax == "exp" for form in forms))  # the row that sums the exponentials
     return options
 
 

@@ -56,6 +56,7 @@ class ObsConfig:
         target: (``macs`` or ``params``, share of the dense network to keep); sizes are then chosen part by part.
         damping: share of the mean variance that pulls fits to the dense weights; ``auto`` by held-out error.
         width_multiple: hidden units and head dimensions are rounded to multiples of it.
+        value_rows: what the network's form on the chip adds to every head's values; with them they are such a multiple.
     """
 
     mlp_ratio: float = 0.0
@@ -67,6 +68,7 @@ class ObsConfig:
     target: tuple[Literal["macs", "params"], float] | None = None
     damping: float | Literal["auto"] = "auto"
     width_multiple: int = 1
+    value_rows: int = 0
 
     def __post_init__(self) -> None:
         ratios = {n: getattr(self, n) for n in ("mlp_ratio", "qk_ratio", "vo_ratio", "head_ratio")}
@@ -89,6 +91,10 @@ class ObsConfig:
             raise ConfigError(f"ObsConfig.drop_blocks must be at least 0, got {self.drop_blocks}.")
         if self.width_multiple < 1:
             raise ConfigError(f"ObsConfig.width_multiple must be at least 1, got {self.width_multiple}.")
+        if not 0 <= self.value_rows < self.width_multiple:
+            raise ConfigError(
+                f"ObsConfig.value_rows must be at least 0 and below width_multiple, got {self.value_rows}."
+            )
         if self.damping != "auto" and not (isinstance(self.damping, int | float) and 0 < self.damping < math.inf):
             raise ConfigError(f"ObsConfig.damping must be auto or a positive number, got {self.damping!r}.")
 
@@ -180,19 +186,19 @@ def _sizes(
 def uniform(block: BlockSpec, config: ObsConfig) -> BlockSpec:
     """`block` with the same share of everything gone: ``int(width * ratio)``, then rounded to the multiple.
 
-    >>> uniform(BlockSpec(12, 64, 64, 3072), ObsConfig(mlp_ratio=0.3, qk_ratio=0.6, width_multiple=8))
-    BlockSpec(heads=12, qk_dim=24, v_dim=64, mlp_dim=2152, mlp='gelu', qk_norm=False)
+    >>> uniform(BlockSpec(12, 64, 64, 3072), ObsConfig(mlp_ratio=0.3, vo_ratio=0.6, width_multiple=8, value_rows=1))
+    BlockSpec(heads=12, qk_dim=64, v_dim=23, mlp_dim=2152, mlp='gelu', qk_norm=False)
     """
 
-    def left(width: int, ratio: float, multiple: int) -> int:
+    def left(width: int, ratio: float, multiple: int, rows: int = 0) -> int:
         kept = width - int(width * ratio)
-        return width if kept == width else min(width, max(1, round(kept / multiple)) * multiple)
+        return width if kept == width else min(width, max(1, round((kept + rows) / multiple)) * multiple - rows)
 
     return replace(
         block,
         heads=left(block.heads, config.head_ratio, 1),
         qk_dim=left(block.qk_dim, config.qk_ratio, config.width_multiple),
-        v_dim=left(block.v_dim, config.vo_ratio, config.width_multiple),
+        v_dim=left(block.v_dim, config.vo_ratio, config.width_multiple, config.value_rows),
         mlp_dim=left(block.mlp_dim, config.mlp_ratio, config.width_multiple),
     )
 

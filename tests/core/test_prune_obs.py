@@ -16,6 +16,8 @@ from compressor import checkpoint
 from compressor.errors import ConfigError, DataError
 from compressor.prune import CorpConfig, ObsConfig, Pruned, configure, corp, obs, prune
 from compressor.prune.importance import least_important, output_error, weight_entropy
+from compressor.recipe import Recipe
+from compressor.stages import prune_options
 from compressor.types import BlockSpec, Model, Pool, VitSpec
 from compressor.vit import to_torch
 from tests.core.prunable import make, pixels, redundant
@@ -320,6 +322,7 @@ def test_activations_that_overflow_are_refused(part: str) -> None:
         ({"damping": -1.0}, r"damping must be auto or a positive number, got -1\.0"),
         ({"damping": "car"}, "damping must be auto or a positive number, got 'car'"),
         ({"width_multiple": -8}, "width_multiple must be at least 1, got -8"),
+        ({"value_rows": 8, "width_multiple": 8}, "value_rows must be at least 0 and below width_multiple, got 8"),
         ({"ratio": 0.5}, "pruner 'obs' must not be given ratio, got 0.5"),
     ],
 )
@@ -333,6 +336,18 @@ def test_prune_dispatches_on_the_configuration() -> None:
     config = configure("obs", {"mlp_ratio": 0.5, "qk_ratio": 0.0, "vo_ratio": None})
     result = prune(model, lambda: [images], config, lambda module, batches: pytest.fail("obs takes its own sums"))
     assert result.model.spec.blocks[0].mlp_dim == 10
+
+
+def test_values_are_a_row_short_of_a_multiple_for_chips_that_add_one() -> None:
+    """So they run on whole lanes there; another target beside it wants the multiple itself."""
+    for targets, rows in ((("bpu",), 1), (("ort",), 0), (("bpu", "ort"), 0)):
+        assert prune_options(Recipe(targets=targets, vo_ratio=0.5))["value_rows"] == rows
+    model = make(BlockSpec(2, 16, 16, 32))
+    widths = [
+        run(model, pixels(12), ObsConfig(vo_ratio=0.5, width_multiple=8, value_rows=rows)).model.spec.blocks[0].v_dim
+        for rows in (0, 1)
+    ]
+    assert widths == [8, 7]
 
 
 def test_pruned_values_share_a_grid_well() -> None:
