@@ -252,9 +252,7 @@ def compare(job: Job) -> None:
             told = row(f"{job.target} {precision} {job.label} {form}", artifact, time.perf_counter() - started)
             print(told, job.accuracy(model, artifact), flush=True)
             if "measured" in artifact.settings:
-                print(
-                    f"{'':<36} {artifact.settings['additions']} additions; {artifact.settings['measured']}", flush=True
-                )
+                print(f"{'':<36} int16: {artifact.settings['int16']}; {artifact.settings['measured']}", flush=True)
             found = _estimate.read(artifact)
             costs[form] = cost(found)[0]
             if cycles := embedding(found):

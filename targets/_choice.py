@@ -1,13 +1,13 @@
 """A network that a vendor's compiler can quantize in several ways: which is built, by what each computes on calibration images.
 
-Additions of the residual stream may be one such way: every block adds to that stream, whose largest channels are far above the
-others, so it is what int8 rounds worst, and chips that add in 16 bits take more time for it.
+Sixteen bits where int8 rounds worst may be such a way: what scales the tokens in a LayerNorm, and the additions of the residual
+stream, some of whose channels may be far above the others. Chips take more time for them, mostly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,27 +61,27 @@ def divergences(reference: Array, logits: Array) -> Array:
     return np.maximum(found, LEAST)
 
 
-def best(reference: Array, ways: Mapping[str, Array], dear: str = "") -> tuple[str, str]:
+def best(reference: Array, ways: Mapping[str, Array], dear: Sequence[str] = ()) -> tuple[str, str]:
     """The way whose logits (n, classes) diverge least from `reference`, and a sentence with what was measured.
 
     Args:
         reference: float logits (n, classes).
         ways: logits of every way by name.
-        dear: the way that takes more time, if one does. The mean of a divergence hangs on few images, so it is taken where the
-            median image surely loses a fifth of the divergence that the best of the others leaves (`WORTH`, sign test).
+        dear: those that may take more time, the cheapest first. The mean of a divergence hangs on few images, so one is taken
+            where the median image surely loses a fifth of the divergence that what was best before leaves (`WORTH`, sign test).
 
     Raises:
         ParityError: even that one has fewer than `FLOOR` of the classes, by more than so few images can be wrong about.
     """
     each = {name: divergences(reference, logits) for name, logits in ways.items()}
-    chosen = min(each.keys() - {dear}, key=lambda name: each[name].mean())
+    chosen = min(each.keys() - {*dear}, key=lambda name: each[name].mean())
     same = {name: int((logits.argmax(1) == reference.argmax(1)).sum()) for name, logits in ways.items()}
     count = len(reference)
     told = "; ".join(f"{n}: divergence {each[n].mean():.3g}, {same[n]} of {count} classes agree" for n in each)
-    if dear in each:
-        paired = paired_ratio(each[dear].tolist(), each[chosen].tolist())
-        told += f"; {dear} / {chosen}: median {paired.ratio:.2f} ({paired.low:.2f}-{paired.high:.2f})"
-        chosen = dear if paired.high < WORTH else chosen
+    for way in (name for name in dear if name in each):
+        paired = paired_ratio(each[way].tolist(), each[chosen].tolist())
+        told += f"; {way} / {chosen}: median {paired.ratio:.2f} ({paired.low:.2f}-{paired.high:.2f})"
+        chosen = way if paired.high < WORTH else chosen
     if count >= JUDGED and proportion_interval(same[chosen], count)[1] < FLOOR:
         raise ParityError(
             f"Quantized model: at least {FLOOR:.0%} of the classes must be float's, got {same[chosen]} of {count} ({told}).",

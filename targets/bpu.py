@@ -1,11 +1,10 @@
 """D-Robotics RDK (Horizon BPU): compiled by the vendor's mapper, simulated on x86, latency from the compiler's timing model.
 
-The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it three ways: with
-the thresholds it calibrates on the images it is given, cut to what float attains; with ours (`_ranges`); and with ours and the
-residual stream's additions in int16, which take time and have to be worth it. All are handed over as nodes where the mapper has
-its own. What diverges least from float in its simulator is compiled (`_choice`), the artifact's settings say which, and one
-that is another network is refused. The square, mean and power of a LayerNorm are int16 in each: they scale whole tokens, and
-take no time (two blocks of DeiT-Tiny at O2: 0.909 ms, 0.920 in int8).
+The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it four ways: with
+the thresholds it calibrates on the images it is given, cut to what float attains; with ours (`_ranges`); with ours and int16 for
+what scales a token in a LayerNorm; and with the residual stream's additions in int16 too. All are handed over as nodes where the
+mapper has its own. What diverges least from float in its simulator is compiled, int16 where it is worth its time (`_choice`), the
+artifact's settings say which, and one that is another network is refused.
 
 Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no operation on the CPU. A softmax node
 would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves it, a ReduceMax, and a MaxPool over a
@@ -54,7 +53,7 @@ CAPABILITIES = Capabilities(
     batch="static",
 )
 CHIPS = ("bayes-e", "bayes", "bernoulli2")  # RDK X5, RDK Ultra, RDK X3
-INT16 = ("bayes-e", "bayes")  # hbdk-cc fails on it for bernoulli2
+HAVE_INT16 = ("bayes-e", "bayes")  # hbdk-cc fails on it for bernoulli2
 EFFORTS = ("O0", "O1", "O2", "O3")
 LIMITS = _venv.Limits(seconds=3600)
 SCRIPT = Path(__file__).with_name("_bpu_worker.py")
@@ -85,7 +84,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NODE = re.compile(r"^(\S+)\s+(BPU|CPU)\s+(id\(\d+\)|--)\s+(\S+)\s+(?:[\d.]+|--)\s+\S+\s+(\S+)\s*$", re.M)
 LATENCY = re.compile(r"latency = ([\d.]+) us, DDR = (\d+) bytes\s+\(see \S*?([^/\s]+)\.html\)")
 NORM = re.compile(r"(.*\.)?\w*norm\d?\.(square|power\.conv|inverse)")  # what scales a token, as `lower` names it
-OURS, WIDE = "vitrim", "vitrim-int16"  # ways to quantize, beside the vendor's; the latter takes up to 11 % more time
+OURS = "vitrim"  # ways to quantize, beside the vendor's; those in part with int16 take up to 11 % more time
+INT16 = {"vitrim-norms": "norms", "vitrim-norms-additions": "norms and additions"}
 BOARD = ("hobot_dnn", "hobot_dnn_rdkx5")  # as the board's system image has it, and as the package index
 
 
@@ -170,7 +170,7 @@ def _quantized(job: Build, graph: onnx_ir.Model, pixels: TensorSpec, chip: str) 
         return logits.reshape(len(logits), -1)
 
     plain, seen = quantized(job.onnx, {"calibration": images}), _ranges.observe(graph, judged)
-    ways = _ways(graph, plain["thresholds"], seen, int16=chip in INT16)
+    ways = _ways(graph, plain["thresholds"], seen, int16=chip in HAVE_INT16)
     files = {way: job.save(gridded, way) for way, gridded in ways.items()}
     logits, refused = dict[str, Array](), ""
     for way, file in files.items():
@@ -178,37 +178,41 @@ def _quantized(job: Build, graph: onnx_ir.Model, pixels: TensorSpec, chip: str) 
             logits[way] = simulated(quantized(file, {})["model"])
         except TargetUnavailable as error:
             refused += f"; the mapper refuses {way}: {error}"
-    if not logits.keys() - {WIDE}:
+    if not logits.keys() - {*INT16}:
         files["vendor"], logits["vendor"] = job.onnx, simulated(plain["model"])
-    way, measured = _choice.best(seen.logits, logits, WIDE)
-    ranges, additions = (OURS, "int16") if way == WIDE else (way, "int8")
-    return files[way], {"ranges": ranges, "additions": additions, "measured": measured + refused}
+    way, measured = _choice.best(seen.logits, logits, tuple(INT16))
+    return files[way], {
+        "ranges": OURS if way in INT16 else way,
+        "int16": INT16.get(way, "nothing"),
+        "measured": measured + refused,
+    }
 
 
 def _ways(
     graph: onnx_ir.Model, theirs: Mapping[str, float], seen: _ranges.Seen, *, int16: bool
 ) -> dict[str, onnx_ir.Model]:
     """The float `graph` with grids where the mapper puts some: as it ends them, cut to what float attains; as we do; and ours
-    with the residual stream's additions, and the convolutions that write them, in int16. What scales a token is in each.
+    with int16 for what scales a token, and for the residual stream's additions and the convolutions that write them too.
 
     Args:
         graph: what `lower` made.
         theirs: the mapper's threshold by tensor.
         seen: what float computed.
-        int16: whether the chip has it; without, everything is int8 and there is no third way.
+        int16: whether the chip has it.
     """
     weights = {v.name or "" for node in graph.graph if node.op_type == "Conv" for v in node.inputs[1:] if v}
-    norms = {name for name in seen.histograms if NORM.fullmatch(name)} if int16 else set()
-    stream = _stream(graph, _choice.residual_additions(graph)) if int16 else set()
-    largest = {name: seen.histograms[name].largest for name in norms | stream}
+    norms = {name for name in seen.histograms if NORM.fullmatch(name)}
+    stream = _stream(graph, _choice.residual_additions(graph))
 
     def gridded(ends: Mapping[str, float], wide: set[str]) -> onnx_ir.Model:
-        found = {**ends, **{name: largest[name] for name in wide}}
+        found = {**ends, **{name: seen.histograms[name].largest for name in wide}}
         return _ranges.with_grids(graph, {name: found[name] for name in {*theirs, *wide} - weights}, wide)
 
     ours = {**theirs, **_ranges.thresholds(graph, seen)}
-    ways = {"vendor": gridded(_ranges.attained(theirs, seen), norms), OURS: gridded(ours, norms)}
-    return ways | ({WIDE: gridded(ours, norms | stream)} if stream else {})
+    ways = {"vendor": gridded(_ranges.attained(theirs, seen), set()), OURS: gridded(ours, set())}
+    if int16 and norms and stream:
+        ways |= dict(zip(INT16, (gridded(ours, norms), gridded(ours, norms | stream)), strict=True))
+    return ways
 
 
 def _stream(graph: onnx_ir.Model, sums: Collection[str]) -> set[str]:

@@ -178,8 +178,8 @@ def _quantized(job: Build, pixels: str, chip: str) -> tuple[list[str], dict[str,
         return logits.reshape(len(judged), -1)
 
     reference = _choice.float_logits(job.graph, judged)
-    chosen, told = _choice.best(reference, {way: simulated(parts) for way, parts in ways.items()}, "int16")
-    return ways[chosen], {"additions": chosen, "measured": told}
+    chosen, told = _choice.best(reference, {way: simulated(parts) for way, parts in ways.items()}, ("int16",))
+    return ways[chosen], {"int16": "additions" if chosen == "int16" else "nothing", "measured": told}
 
 
 def open(artifact: Artifact, threads: int = 1) -> RknnSession | _board.OnBoard:

@@ -110,11 +110,11 @@ def test_what_diverges_least_is_compiled(built):
     """Our grids here, in int8: 16 bits gain less than a fifth."""
     _, artifact = built
     told = re.findall(r"([\w-]+): divergence ([\d.e-]+), (\d+) of 20 classes agree", artifact.settings["measured"])
-    assert [way for way, *_ in told] == ["vendor", "vitrim", "vitrim-int16"] and float(told[1][1]) < float(told[0][1])
+    assert [way for way, *_ in told] == ["vendor", "vitrim", *bpu.INT16] and float(told[1][1]) < float(told[0][1])
     assert (
         int(told[0][2]) >= 15
     )  # the mapper ends an Exp of values below zero at e^17, which rounds all of them to zero
-    assert (artifact.settings["ranges"], artifact.settings["additions"]) == ("vitrim", "int8")
+    assert (artifact.settings["ranges"], artifact.settings["int16"]) == ("vitrim", "nothing")
     assert compiled(artifact) == ["vitrim"] and "int16" not in precisions(artifact, "")
 
 
@@ -124,8 +124,8 @@ def test_additions_are_in_16_bits_where_the_residual_stream_needs_them(built, tm
     model = uneven(built[0])
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 20),))
     artifact = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
-    assert (artifact.settings["ranges"], artifact.settings["additions"]) == ("vitrim", "int16")
-    assert compiled(artifact) == ["vitrim-int16"] and _estimate.read(artifact).cpu_ops == ()
+    assert (artifact.settings["ranges"], artifact.settings["int16"]) == ("vitrim", "norms and additions")
+    assert compiled(artifact) == ["vitrim-norms-additions"] and _estimate.read(artifact).cpu_ops == ()
     assert precisions(artifact, (".attn", ".mlp")) == {"int16"} and precisions(artifact, ".fc1.conv") == {"int8"}
     x = images(model, 24)[20:]
     assert cosine(bpu.open(artifact).run({"pixels": x})["logits"], torch_logits(model, x)) > 0.98
@@ -137,7 +137,7 @@ def test_where_the_mappers_own_are_better_they_are_compiled(built, tmp_path, mon
     monkeypatch.setattr(_choice, "best", lambda reference, ways, dear: ("vendor", ""))
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 4),))
     kept = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
-    assert (kept.settings["ranges"], kept.settings["additions"]) == ("vendor", "int8")
+    assert (kept.settings["ranges"], kept.settings["int16"]) == ("vendor", "nothing")
     assert compiled(kept) == ["vendor"]
 
 
@@ -147,7 +147,7 @@ def test_a_chip_whose_compiler_fails_on_int16_additions_adds_in_int8(tmp_path):
     model = first_blocks(1)
     options = BuildOptions(tmp_path, "w8a8", calibration=(images(model, 4),), chip="bernoulli2")
     artifact = bpu.compile_graph(lower(model, bpu.CAPABILITIES), options, "O0")
-    assert artifact.settings["additions"] == "int8" and "int16" not in artifact.settings["measured"]
+    assert artifact.settings["int16"] == "nothing" and "norms" not in artifact.settings["measured"]
 
 
 @needs_mapper

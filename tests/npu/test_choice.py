@@ -47,14 +47,14 @@ def test_what_takes_more_time_has_to_be_worth_it():
     rng = np.random.default_rng(0)
     reference, error = rng.standard_normal((64, 10)), rng.standard_normal((64, 10))
 
-    def chosen(share, images=64, dear="int16"):
+    def chosen(share, images=64, dear=("int16",)):
         ways = {"int8": reference + 0.1 * error, "int16": reference + 0.1 * np.reshape(share, (-1, 1)) * error}
         return _choice.best(reference[:images], {n: logits[:images] for n, logits in ways.items()}, dear)[0]
 
     assert chosen(0.8) == "int16" and chosen(0.95) == "int8" and chosen(1.1) == "int8"
     assert chosen(0.8, images=5) == "int8"
     one = np.where(np.arange(64) == 0, 0.0, 0.99)
-    assert chosen(one) == "int8" and chosen(one, dear="") == chosen(0.95, dear="") == "int16"
+    assert chosen(one) == "int8" and chosen(one, dear=()) == chosen(0.95, dear=()) == "int16"
 
 
 @pytest.mark.parametrize("target", [bpu, rknn])

@@ -142,13 +142,13 @@ def test_additions_are_in_16_bits_where_the_residual_stream_needs_them(built, tm
         return {op.precision for op in _estimate.read(artifact).ops}
 
     model, even = built
-    assert even.settings["additions"] == "int8" and "int16: divergence" in even.settings["measured"]
+    assert even.settings["int16"] == "nothing" and "int16: divergence" in even.settings["measured"]
     assert precisions(even) == {"int8"}
     model = uneven(model)
     artifact = rknn.build(
         lower(model, rknn.CAPABILITIES), BuildOptions(tmp_path, "w8a8", calibration=(images(model, 20),))
     )
-    assert artifact.settings["additions"] == "int16" and precisions(artifact) == {"int8", "int16"}
+    assert artifact.settings["int16"] == "additions" and precisions(artifact) == {"int8", "int16"}
     assert _estimate.read(artifact).cpu_ops == ()
     x = images(model, 24)[20:]
     assert cosine(rknn.open(artifact).run({"pixels": x})["logits"], torch_logits(model, x)) > 0.99
