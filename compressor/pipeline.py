@@ -315,16 +315,17 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         "recipe": to_dict(run.recipe),
         "versions": _versions(),
         "seed": run.recipe.seed,
-        "calibration": {
-            "source": run.images.calibration.source,
-            "count": len(run.images.calibration),
-            "sha256": run.images.calibration.digest(),
-        },
+        "calibration": _which(run.images.calibration),
         "checkpoint": {"family": origin.family, "name": origin.name, "sha256": origin.sha256, "params": origin.params},
         "targets": {
             a.target: artifact_entry(a, folder).model_dump() for a in (*run.artifacts, *(p for p, _ in run.plans))
         },
     }
+
+
+def _which(images: data.ImageSet) -> dict[str, Any]:
+    """Which images these are, so that figures of others are not held against theirs."""
+    return {"source": images.source, "count": len(images), "sha256": images.digest()}
 
 
 def _versions() -> dict[str, str]:
@@ -353,6 +354,8 @@ def _report_extras(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
         for c in o.candidates
     ]
     provenance = {k: manifest[k] for k in ("versions", "seed", "recipe", "checkpoint", "calibration")}
+    if run.images.evaluation is not None:
+        provenance["evaluation"] = _which(run.images.evaluation)
     return {
         "blocks": run.blocks,
         "candidates": candidates,

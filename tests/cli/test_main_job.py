@@ -80,6 +80,10 @@ def test_the_bundle_is_complete(bundle):
         "checkpoint",
         "files",
     } <= manifest.keys()
+    provenance = json.loads((bundle / "report.json").read_text())["provenance"]
+    counts = {kind: provenance[kind]["count"] for kind in ("calibration", "evaluation")}
+    assert counts["evaluation"] == 2000 > counts["calibration"] == manifest["calibration"]["count"]
+    assert provenance["evaluation"]["sha256"] != provenance["calibration"]["sha256"]
     assert set(manifest["files"]) == {n for n in names if (bundle / n).is_file()} - {"manifest.json"}
 
 
