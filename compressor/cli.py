@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from compressor import cli_build, cli_device, cli_gate, cli_pages, cli_search, console
-from compressor.console import Console, Threads, command
+from compressor.console import CLOTHES, Console, Threads, command
 from compressor.result import Result
 
 app = typer.Typer(
@@ -220,7 +220,7 @@ def compress(
             "MODEL must be given, on the command line or in the recipe.", hint="Try: vitrim compress demo --out b"
         )
     if plan.data == Recipe.data and data is None and plan.model != "demo":
-        console.note("No --data: calibrated on the embedded images of clothes, which is right for no other model.")
+        console.note(CLOTHES)
     if (runnable := with_runnable(plan)) != plan:
         console.note("Target ort is added: what is measured, and golden, has to run here.")
         plan = runnable

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.console import Console, Threads, command
+from compressor.console import CLOTHES, Console, Threads, command
 from compressor.result import Result
 
 __all__ = ["app"]
@@ -52,6 +52,8 @@ def search_sizes(
     from compressor.recipe import Recipe
     from compressor.search import Budget, explore, search
 
+    if data == "demo" != model:
+        console.note(CLOTHES)
     chosen = {"precision": precision, "calib_size": calib_size, "arch": arch, "seed": seed, "threads": threads}
     recipe = Recipe(model, data, (target,), eval, **chosen)  # type: ignore[arg-type]
     budget = Budget(milliseconds(max_latency), max_drop, shares(sizes))

@@ -80,6 +80,7 @@ class Console:
                 self._bars = None
 
 
+CLOTHES = "No --data: calibrated on the embedded images of clothes, which is right for no other model."
 HELP = {"help_option_names": ["-h", "--help"]}
 Threads = Annotated[int, typer.Option(min=1, max=256, help="CPU threads.")]
 COMMON = {

@@ -103,6 +103,11 @@ def _size(image_size: int | tuple[int, int] | None) -> Size | None:
 
 
 def _folder(folder: Path, size: Size | None) -> Model:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: a checkpoint's folder must hold config.json, got none.",
+            hint="Give the folder of a timm or transformers model, a vitrim bundle, or its weights file with --arch NAME.",
+        )
     config = read_json(folder / "config.json")
     kinds = {"format", "architecture", "model_type"} & config.keys()
     if not kinds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def _pickled(path: Path) -> dict[str, tuple[tuple[int, ...], Reader]]:
     _refuse_compressed(path)
     try:
         # Only tensors, containers and the options object of training scripts (plain attributes) are built.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # what is wrong with the file is said below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - hostile bytes can raise anything, and all of it means the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -80,15 +80,13 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         if not -1 < self.max_regression < math.inf:
-            raise ConfigError(f"GateConfig.max_regression must be finite and above -1, got {self.max_regression}.")
+            raise ConfigError(f"max_regression must be finite and above -1, got {self.max_regression}.")
         if not 0.5 <= self.confidence < 1:
-            raise ConfigError(f"GateConfig.confidence must be in [0.5, 1), got {self.confidence}.")
+            raise ConfigError(f"confidence must be in [0.5, 1), got {self.confidence}.")
         # Below, even perfect agreement decides nothing
         fewest = math.ceil(math.log(1 / (1 - self.confidence)) / math.log(1 + STAKE))
         if self.max_pairs < fewest:
-            raise ConfigError(
-                f"GateConfig.max_pairs must be at least {fewest} at this confidence, got {self.max_pairs}."
-            )
+            raise ConfigError(f"max_pairs must be at least {fewest} at this confidence, got {self.max_pairs}.")
 
     @property
     def limit(self) -> float:

@@ -74,9 +74,9 @@ class RuleConfig:
         for name in ("max_drop", "max_size_growth", "max_memory_growth"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ConfigError(f"RuleConfig.{name} must be zero or more, got {value}.")
+                raise ConfigError(f"{name} must be zero or more, got {value}.")
         if self.min_int8_share is not None and not 0 <= self.min_int8_share <= 1:
-            raise ConfigError(f"RuleConfig.min_int8_share must be in [0, 1], got {self.min_int8_share}.")
+            raise ConfigError(f"min_int8_share must be in [0, 1], got {self.min_int8_share}.")
 
 
 @dataclass(frozen=True)
