@@ -294,7 +294,7 @@ def test_arguments_are_refused(folders, tmp_path):
         (ConfigError, {"source": str(folders / "timm"), "arch": name}, r"arch must not be given with a config.json"),
         (ConfigError, {"source": "demo", "image_size": 0}, r"image_size must be positive, got 0 x 0"),
         (ConfigError, {"source": "demo", "image_size": (28, -4)}, r"image_size must be positive, got 28 x -4"),
-        (ConfigError, {"source": "demo", "image_size": 3}, r"image_size must be positive"),
+        (ConfigError, {"source": "demo", "image_size": 3}, r"image_size must be at least one patch"),
         (ConfigError, {"source": "demo", "image_size": 10**9}, r"at most 65536 patches, got 250000000 x 250000000"),
         (ConfigError, {"source": str(folders / "vitrim"), "image_size": 10**9}, r"at most 65536 patches"),
         (CheckpointError, {"source": __file__, "arch": name}, r"must end in .safetensors or .pth, .*, got '.py'"),

@@ -29,7 +29,7 @@ from tests.models import BASE, SPECS, random_model, random_pixels, torch_logits
         ),
         ({"blocks": ()}, "VitSpec.blocks must hold at least one block, got none"),
         ({"prefix_tokens": 0}, "VitSpec.pool 'token' must have 1 prefix tokens, got 0"),
-        ({"image_size": (3, 16)}, r"VitSpec.image_size must be positive, got \(3, 16\) / \(4, 4\)"),
+        ({"image_size": (3, 16)}, r"VitSpec.image_size must be at least one patch, got \(3, 16\) / \(4, 4\)"),
     ],
 )
 def test_sizes_that_cannot_run_are_refused(changes: dict[str, object], message: str) -> None:
