@@ -80,7 +80,7 @@ def fingerprint(pool: Features, model: str, components: int, rng: np.random.Gene
     if len(pool) < 2:
         raise DataError(
             f"fingerprint: a spread must be that of at least two images, got {len(pool)}.",
-            hint="Point --data at a folder with images of the device.",
+            hint="Give a folder with more images of the device.",
         )
     if not 1 <= components <= len(pool):
         raise ConfigError(f"fingerprint: components must be 1 to {len(pool)}, the number of images, got {components}.")
@@ -107,7 +107,7 @@ def as_json(mixture: Fingerprint) -> str:
 
 
 def read_fingerprint(path: Path, model: str) -> Fingerprint:
-    """The mixture of a file with the text `as_json` with the same model.
+    """The mixture of a file that holds the text of `as_json`, made with the same model.
 
     Raises:
         DataError: not a fingerprint, damaged, or of another model.

@@ -87,6 +87,8 @@ def _golden_problem(arrays: Mapping[str, Array], spec: VitSpec) -> str:
         got = "none" if images is None else images.shape
         return f"inputs (n, {spec.in_chans}, {spec.image_size[0]}, {spec.image_size[1]}), got {got}"
     outputs = (len(images), spec.num_classes or spec.pooled_dim)
+    if "reference" not in arrays:
+        return "'reference', got none"
     for name, array in arrays.items():
         want = () if name.startswith("tolerance.") else images.shape if name == "inputs" else outputs
         if not np.issubdtype(array.dtype, np.floating) or array.shape != want or not np.isfinite(array).all():

@@ -25,7 +25,9 @@ def search_sizes(
     console: Console,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compress.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Bundle to write (default: only say which is best).")] = None,
-    data: Annotated[str, typer.Option(help="Calibration images; every fifth judges and is not fitted to.")] = "demo",
+    data: Annotated[
+        str | None, typer.Option(help="Calibration images; every fifth judges and is not fitted to (default: demo).")
+    ] = None,
     target: Annotated[str, typer.Option(help="Target that decides.")] = "ort",
     max_latency: Annotated[
         str | None, typer.Option(help="p50 allowed, e.g. 5ms (default: as fast as possible).")
@@ -52,10 +54,10 @@ def search_sizes(
     from compressor.recipe import Recipe
     from compressor.search import Budget, explore, search
 
-    if data == "demo" != model:
+    if data is None and model != "demo":
         console.note(CLOTHES)
     chosen = {"precision": precision, "calib_size": calib_size, "arch": arch, "seed": seed, "threads": threads}
-    recipe = Recipe(model, data, (target,), eval, **chosen)  # type: ignore[arg-type]
+    recipe = Recipe(model, data or "demo", (target,), eval, **chosen)  # type: ignore[arg-type]
     budget = Budget(milliseconds(max_latency), max_drop, shares(sizes))
     tools = Tools(Cache(None if no_cache else default_folder()), console.progress)
     if out is None:

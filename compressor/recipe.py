@@ -74,7 +74,8 @@ class Recipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
-        if self.damping != "auto" and not 0 < self.damping < math.inf:
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if self.damping != "auto" and not (number and 0 < self.damping < math.inf):
             raise ConfigError(f"damping must be auto or a positive number, got {self.damping!r}.")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"targets must be at least one name, each once, got {list(self.targets)}.")

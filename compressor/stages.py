@@ -21,6 +21,7 @@ from calibration.observe import ObservePlan, observe
 from calibration.select import Selector, coarse_to_fine, features, k_centre, random
 from compressor import checkpoint
 from compressor.cache import Cache, key
+from compressor.compiled import is_compiled
 from compressor.errors import DataError
 from compressor.prune import configure, prune
 from compressor.recipe import Recipe
@@ -166,9 +167,10 @@ def prune_options(recipe: Recipe) -> dict[str, Any]:
     options["damping"] = None if recipe.damping == "auto" else recipe.damping  # each pruner knows its own default
     if recipe.pruner == "obs":
         options["importance"] = recipe.importance
-        forms = [targets.get(t).CAPABILITIES for t in recipe.targets]
-        options["width_multiple"] = max(form.width_multiple for form in forms)
-        options["value_rows"] = int(all(form.softmax == "exp" for form in forms))  # the row that sums the exponentials
+        options["width_multiple"] = max(targets.get(t).CAPABILITIES.width_multiple for t in recipe.targets)
+        chips = [targets.get(t).CAPABILITIES for t in recipe.targets if is_compiled(t)]
+        # The row that sums the exponentials; what a chip pads decides, beside it a processor is there for comparison.
+        options["value_rows"] = int(bool(chips) and all(form.softmax == "exp" for form in chips))
     return options
 
 

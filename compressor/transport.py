@@ -117,7 +117,4 @@ def _refused(url: str, rule: str) -> ConfigError:
 
 def _masked(url: str) -> str:
     """`url`, well-formed or not, without what may be a password: it is shown, and kept in logs."""
-    account, at, host = url.rpartition("@")
-    scheme, slashes, names = account.rpartition("://")
-    user, colon, _ = names.partition(":")
-    return f"{scheme}{slashes}{user}:...@{host}" if at and colon else url
+    return re.sub(r"^(\w+://[^:/@]*|(?!\w+://)[^:/@]*):.*@", r"\1:...@", url, flags=re.DOTALL)

@@ -74,7 +74,7 @@ def best(reference: Array, ways: Mapping[str, Array], dear: Sequence[str] = ()) 
         ParityError: even that one has fewer than `FLOOR` of the classes, by more than so few images can be wrong about.
     """
     each = {name: divergences(reference, logits) for name, logits in ways.items()}
-    chosen = min(each.keys() - {*dear}, key=lambda name: each[name].mean())
+    chosen = min((name for name in each if name not in dear), key=lambda name: each[name].mean())
     same = {name: int((logits.argmax(1) == reference.argmax(1)).sum()) for name, logits in ways.items()}
     count = len(reference)
     told = "; ".join(f"{n}: divergence {each[n].mean():.3g}, {same[n]} of {count} classes agree" for n in each)

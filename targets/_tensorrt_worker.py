@@ -235,6 +235,15 @@ class Engine:
             enter()
             return self._run(arrays)
 
+    def profile(self, arrays: dict[str, Any], watcher: Any) -> None:
+        """Report the layers' times of a few executions to `watcher`, an ``IProfiler``."""
+        with self._turn:
+            enter()
+            self.context.profiler = watcher
+            for _ in range(RUNS):
+                self._run(arrays)
+            self.context.profiler = None
+
     def _run(self, arrays: dict[str, Any]) -> dict[str, Any]:
         for name in self.inputs:
             array = np.ascontiguousarray(arrays[name], dtype=np.float32)
@@ -285,9 +294,5 @@ def profile(arguments: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             taken.setdefault(layer_name, []).append(ms)
 
-    watcher = Profiler()
-    loaded.context.profiler = watcher
-    for _ in range(RUNS):
-        loaded.run(arrays)
-    loaded.context.profiler = None
+    loaded.profile(arrays, Profiler())
     return {"times": {name: float(np.median(ms[1:] or ms)) for name, ms in taken.items()}}, {}

@@ -2,9 +2,9 @@
 
 The chip multiplies int8 in 4-D convolutions, so the graph is the convolutional layout. The mapper quantizes it four ways: with
 the thresholds it calibrates on the images it is given, cut to what float attains; with ours (`_ranges`); with ours and int16 for
-what scales a token in a LayerNorm; and with the residual stream's additions in int16 too. All are handed over as nodes where the
-mapper has its own. What diverges least from float in its simulator is compiled, int16 where it is worth its time (`_choice`), the
-artifact's settings say which, and one that is another network is refused.
+what scales a token in a LayerNorm; and with the residual stream's additions in int16 too (bernoulli2 has no int16). All are
+handed over as nodes where the mapper has its own. What diverges least from float in its simulator is compiled, int16 where it
+is worth its time (`_choice`), the artifact's settings say which, and one that is another network is refused.
 
 Measured with mapper 1.24.3 on DeiT-Tiny at O2: the whole network is one subgraph, with no operation on the CPU. A softmax node
 would stay there, twelve of them between thirteen subgraphs; the vendor's option that moves it, a ReduceMax, and a MaxPool over a

@@ -87,9 +87,6 @@ KNOWN = {
 HEADER = re.compile(r"\] ID +OpType +DataType +Target .*$", re.M)
 ROW = re.compile(r"\] (\d+) +(\w+) +(\w+) +(CPU|NPU) .*? \d+/\d+/(\d+) +(?:\d+% +)?(\d+) *(\S*) *$", re.M)
 ENDS = ("InputOperator", "OutputOperator")  # conversions around the network, no operations of it
-WORTH = {
-    "int16": 0.8
-}  # the embedded model reads and writes 16 % more memory then, and adds apart from its convolutions
 BOARD = "rknnlite"
 
 

@@ -83,7 +83,7 @@ def test_an_address_that_is_none_is_refused(url):
     "url",
     [
         *("ssh://pi:hunter2@board", "ssh://pi:hunter2@[::1", "ssh://pi:a@hunter2@board", "http://pi:hunter2@board/x"),
-        *("pi:hunter2@board", "ssh://pi:hunter2@board:x", "ssh://:hunter2@board"),
+        *("pi:hunter2@board", "ssh://pi:hunter2@board:x", "ssh://:hunter2@board", "ssh://pi:a://hunter2@board"),
     ],
 )
 def test_a_password_is_refused_and_not_repeated(url):

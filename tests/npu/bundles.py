@@ -42,7 +42,12 @@ def artifact_of(name: str, folder: Path, latency_ms: float | None = None) -> Art
 def bundle_of(name: str, root: Path, latency_ms: float | None = None) -> Bundle:
     """A bundle that holds target `name` alone."""
     artifact = artifact_of(name, root / "targets" / name, latency_ms)
-    np.savez(root / "golden.npz", inputs=images(MODEL, 8), **{f"outputs.{name}": np.tile(LOGITS, (8, 1))})
+    np.savez(
+        root / "golden.npz",
+        inputs=images(MODEL, 8),
+        reference=np.tile(LOGITS, (8, 1)),
+        **{f"outputs.{name}": np.tile(LOGITS, (8, 1))},
+    )
     content = {
         "spec": asdict(MODEL.spec),
         "preprocess": asdict(MODEL.preprocess),

@@ -124,7 +124,7 @@ def test_a_bundle_is_evaluated_against_its_float_model(built, tmp_path):
     checkpoint.save(model, bundle)
     shutil.copytree(artifact.path.parent, home)
     moved = replace(artifact, path=home / artifact.path.name, files=tuple(home / f.name for f in artifact.files))
-    np.savez(bundle / "golden.npz", inputs=images(model, 1))
+    np.savez(bundle / "golden.npz", inputs=images(model, 1), reference=np.zeros((1, 10), np.float32))
     content = {key: {} for key in ("recipe", "versions", "calibration", "checkpoint")}
     content |= {"spec": asdict(model.spec), "preprocess": asdict(model.preprocess), "labels": [], "seed": 0}
     seal(bundle, {**content, "targets": {"rknn": artifact_entry(moved, bundle).model_dump()}})
