@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -83,6 +84,10 @@ class ImageSet:
 
     def content_hashes(self) -> tuple[str, ...]:
         """sha256 of each image, of the file's bytes or a stored array's shape and pixels: equal hash, same image."""
+        return self._hashes
+
+    @cached_property
+    def _hashes(self) -> tuple[str, ...]:
         return tuple(_content_hash(item) for item in self.items)
 
     def digest(self) -> str:

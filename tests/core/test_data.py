@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from calibration import data
 from calibration.data import ImageSet, batches, open_images, read_image, stratified
 from calibration.preprocess import apply
 from compressor.errors import ConfigError, DataError
@@ -385,3 +386,14 @@ def test_batches_name_the_image_that_cannot_be_used(class_folder):
 def test_batch_size_below_one_is_refused():
     with pytest.raises(ConfigError, match="batch size must be at least 1, got 0"):
         next(batches(open_images("demo"), FASHION, 0))
+
+
+def test_an_image_is_hashed_once(class_folder, monkeypatch):
+    """Overlap, caches and provenance all ask for hashes; control: a set opened again reads its files again."""
+    read, real = [], data._content_hash
+    monkeypatch.setattr(data, "_content_hash", lambda item: read.append(item) or real(item))
+    images = open_images(str(class_folder))
+    assert images.digest() == images.digest() and images.content_hashes() == images.content_hashes()
+    assert read == list(images.items)
+    open_images(str(class_folder)).digest()
+    assert len(read) == 2 * len(images)
