@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compressor import console
+from compressor.cli import app
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,6 +48,20 @@ def vitrim(*arguments, cwd=None, env=None, timeout=1500) -> Done:
 def cache(tmp_path_factory):
     """An empty stage cache of its own."""
     return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, cache):
+    """The command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache["XDG_CACHE_HOME"])
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vitrim", *map(str, arguments)])
+        code = console.main(app)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -15,25 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compressor import console
-from compressor.cli import app
 from tests.cli.conftest import ROOT
 
 DEMO = ROOT / "compressor/demo"
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, cache):
-    """The command line in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", cache["XDG_CACHE_HOME"])
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vitrim", *map(str, arguments)])
-        code = console.main(app)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def images(folder: Path, count: int = 3, **changes) -> Path:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from compressor import console
-from compressor.cli import app
 from compressor.errors import ConfigError
 
 
 @pytest.fixture
-def gate(capsys, monkeypatch, tmp_path):
+def gate(run, tmp_path):
     """`vitrim gate --json` in this process, of bundles that do not exist: (exit code, the error)."""
 
     def call(*arguments):
-        command = ("vitrim", "gate", tmp_path / "new", "--baseline", tmp_path / "old", *arguments, "--json")
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        code = console.main(app)
-        return code, json.loads(capsys.readouterr().out)["error"]
+        code, answer, _ = run("gate", tmp_path / "new", "--baseline", tmp_path / "old", *arguments, "--json")
+        return code, json.loads(answer)["error"]
 
     return call
 

@@ -1,23 +1,8 @@
 """Help where people type it first, and numbers that no machine should be asked for."""
 
 import json
-import sys
 
 import pytest
-
-from compressor import console
-from compressor.cli import app
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vitrim", *map(str, arguments)])
-        code = console.main(app)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("arguments", [("-h",), ("--help",), ("device", "-h"), ("device", "add", "-h"), ("gate", "-h")])

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from compressor import console
-from compressor.cli import app
 from compressor.history import append
 
 RUN = {"device": {"id": "d"}, "target": "ort", "threads": 1, "batch": 1, "latency_ms": {"candidate": 5.0}}
 
 
 @pytest.fixture
-def report(capsys, monkeypatch, tmp_path):
+def report(run, tmp_path):
     """`vitrim report --history ... --json` in this process: (exit code, its object)."""
     for _ in range(3):
         append(tmp_path / "history", RUN)
 
     def call(*arguments):
-        command = ("vitrim", "report", "--history", tmp_path / "history", *arguments, "--json")
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        code = console.main(app)
-        return code, json.loads(capsys.readouterr().out)
+        code, answer, _ = run("report", "--history", tmp_path / "history", *arguments, "--json")
+        return code, json.loads(answer)
 
     return call
 
